@@ -7,7 +7,15 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const hiddenRuns = new Set();
 const charts = [];
 const MOST_ROWS = 14; // of the values at a point
+const MARKED = 24; // points up to which a curve has marks: between them nothing was measured
 let smoothing = 0;
+
+// The first and the last epoch of each run, in all charts.
+const spans = data.runs.map((_, run) => {
+  const charts = data.charts.filter((chart) => chart.axis === "epoch");
+  const series = charts.flatMap((chart) => chart.series).filter((each) => each.run === run);
+  return [Math.min(...series.map((each) => each.x[0])), Math.max(...series.map((each) => each.x.at(-1)))];
+});
 
 const SVG = "http://www.w3.org/2000/svg";
 const all = (selector, root = document) => [...root.querySelectorAll(selector)];
@@ -170,7 +178,9 @@ class Chart {
   measure(shown) {
     const width = Math.max(this.plot.clientWidth, 120);
     const height = Math.max(this.plot.clientHeight, 80);
-    const xs = shown.flatMap((series) => series.x);
+    // Charts that show the same runs have the same epochs.
+    const ofEpochs = this.spec.axis === "epoch";
+    const xs = shown.flatMap((series) => (ofEpochs ? spans[series.run] : series.x));
     const ys = shown.flatMap((series) => series.raw.concat(series.y));
     let [left, right] = [Math.min(...xs), Math.max(...xs)];
     let [low, high] = [Math.min(...ys), Math.max(...ys)];
@@ -227,7 +237,7 @@ class Chart {
       const place = { x: box.left - 7, y: y(mark) + 4, "text-anchor": "end", class: "y" };
       svg.append(element("text", place, texts[i]));
     }
-    const count = Math.max(2, Math.floor((box.right - box.left) / 75));
+    const count = Math.max(2, Math.floor((width - 50) / 75)); // the same in all charts of this width
     const whole = this.xs().every(Number.isInteger) ? 1 : 0;
     for (const mark of ticks(left, right, count, whole)) {
       const place = { x: x(mark), y: height - 6, "text-anchor": "middle", class: "x" };
@@ -246,9 +256,11 @@ class Chart {
     const curve = element("path", { d: path(series.y), class: kind });
     curve.dataset.run = series.run;
     svg.append(curve);
-    if (series.x.length === 1) {
-      const dot = { cx: x(series.x[0]), cy: y(series.y[0]), r: 3.5, class: series.style };
-      svg.append(element("circle", dot));
+    if (series.x.length > MARKED) return;
+    const radius = series.x.length === 1 ? 3.5 : 3;
+    for (const [i, at] of series.x.entries()) {
+      const mark = { cx: x(at), cy: y(series.raw[i]), r: radius, class: series.style };
+      svg.append(element("circle", mark));
     }
   }
 

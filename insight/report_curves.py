@@ -5,6 +5,7 @@
 python -c "from insight.report_curves import place; print(place('test_acc1_ema', {'test_acc1'}))"
 """
 
+import itertools
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -56,8 +57,8 @@ TABLE: tuple[tuple[str, str, str, str], ...] = (
     ("train_lr", "Learning rate", "Learning rate", ""),
     ("test_best_blr", "Learning rate", "Learning rate of the best head", ""),
     (r"(train)_class_acc", "Metrics", "Top-1 accuracy", "max"),
-    (r"probe_(.+_\d+pct\w*)", "Probes", "Probes, few labels", "max"),
-    (r"probe_(.+)", "Probes", "Probes", "max"),
+    (r"probe_(.+_\d+pct\w*)", "Probes", "Probes with few labels, %", "max"),
+    (r"probe_(.+)", "Probes", "Probes, %", "max"),
     (r"(holdout|fixed_train)_loss", "Loss", "Loss", "min"),
     (r"train_grad_norm|grad_norm_(.+)", "Health of the network", "Gradient norm", ""),
     ("rank_me", "Health of the network", "Rank of the features", "max"),
@@ -98,12 +99,13 @@ class Series:
 
 @dataclass
 class Chart:
-    """Curves that share a plot. axis: unit of x, `epoch` or `block`."""
+    """Curves that share a plot. axis: unit of x, `epoch` or `block`. numbers: see number_labels."""
 
     group: str
     title: str
     series: list[Series] = field(default_factory=list)
     axis: str = "epoch"
+    numbers: dict[str, int] = field(default_factory=dict)
 
     @property
     def labels(self) -> list[str]:
@@ -190,24 +192,59 @@ def build_charts(runs: Sequence[RunData]) -> tuple[list[Chart], list[str]]:
     keys = dict.fromkeys(key for of_run in values for key in of_run)
     lowest = {name for run in runs for name in run.lowest}
     charts: dict[tuple[str, str], Chart] = {}
+    owners: dict[tuple[str, str], str] = {}  # (chart, label) -> key
     for key in keys:
         spot = place(key, keys, lowest)
-        chart = charts.setdefault((spot.group, spot.chart), Chart(spot.group, spot.chart))
+        is_first = owners.setdefault((spot.chart, spot.label), key) == key
+        label = spot.label if is_first else _words(key)  # no two of a chart are alike
         for index, run in enumerate(runs):
             pairs = zip([row["at"] for row in run.rows], values[index].get(key, ()), strict=False)
             points = [(x, y) for x, y in pairs if y is not None]
             if points:
                 x, y = ([*column] for column in zip(*points, strict=True))
-                chart.series.append(Series(index, key, spot.label, x, y, spot.goal))
+                title = title_in(spot, run, runs)
+                chart = charts.setdefault((spot.group, title), Chart(spot.group, title))
+                chart.series.append(Series(index, key, label, x, y, spot.goal))
     found = [*charts.values(), *build_layer_charts(runs)]
     ordered = sorted(found, key=lambda chart: GROUPS.index(chart.group))
     for chart in ordered:
         chart.series.sort(key=lambda series: series.run)  # of one key in the order of the keys
     most = labels_in_chart(len(runs))
     ordered = [part for chart in ordered for part in split_chart(chart, most)]
-    left = [chart.title for chart in ordered[MOST_CHARTS:]]
-    notes = [f"{len(left)} more charts are not shown, such as {left[0]}."] if left else []
-    return ordered[:MOST_CHARTS], notes
+    kept, left = ordered[:MOST_CHARTS], [chart.title for chart in ordered[MOST_CHARTS:]]
+    number_labels(kept, most)
+    return kept, [f"{len(left)} more charts are not shown, such as {left[0]}."] if left else []
+
+
+def title_in(spot: Place, run: RunData, runs: Sequence[RunData]) -> str:
+    """Return the title of a run's chart: losses of pre-training and fine-tuning do not compare."""
+    if spot.group == "Loss" and len({each.kind for each in runs}) > 1:
+        return f"{spot.chart}, {run.kind or 'unknown script'}"
+    return spot.chart
+
+
+def number_labels(charts: Sequence[Chart], most: int) -> None:
+    """Number the labels of a page, so that one looks the same in all of its charts.
+
+    Two labels of a chart have different numbers, below `most`. If those do not suffice, a label
+    has another number in some charts.
+    """
+    shared: dict[str, list[set[str]]] = {}  # label -> labels of each chart that has it
+    for chart in charts:
+        for label in chart.labels:
+            shared.setdefault(label, []).append({*chart.labels})
+    known: dict[str, int] = {}
+    for label, lists in shared.items():
+        known[label] = _lowest_free({known[each] for part in lists for each in part & known.keys()})
+    for chart in charts:
+        chart.numbers = {label: known[label] for label in chart.labels if known[label] < most}
+        for label in chart.labels:
+            if label not in chart.numbers:
+                chart.numbers[label] = _lowest_free({*chart.numbers.values()})
+
+
+def _lowest_free(taken: Collection[int]) -> int:
+    return next(number for number in itertools.count() if number not in taken)
 
 
 def labels_in_chart(runs: int) -> int:
@@ -218,7 +255,7 @@ def labels_in_chart(runs: int) -> int:
 
 
 def style_of(run: int, label: int, runs: int) -> tuple[int, int]:
-    """Return color and dash of a curve; label: its number in the chart.
+    """Return color and dash of a curve; label: its number, see `number_labels`.
 
     Of one run each label has its color, of several runs each run.
     """

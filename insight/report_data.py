@@ -17,6 +17,7 @@ from typing import Any
 from config.run_files import LOG
 from errors import UserError, first_line, plural
 from insight.run_data import RunData, number, read_into
+from parallel import console
 
 MOST_RUNS = 16  # in one report: more curves look alike
 MOST_PREDICTIONS = 200_000  # rows of predictions.csv that are read
@@ -105,7 +106,32 @@ def read_for_report(folder: str | Path) -> ReportData:
     for file in sorted(run.folder.glob("predictions*.csv")):
         _read_table(run, file, run.predictions, read_predictions)
     _find_pictures(run)
+    run.warnings = read_warnings(run)
     return run
+
+
+def read_warnings(run: RunData) -> list[str]:
+    """Return the warnings of console.log before the first epoch, of the last process that trained.
+
+    Later ones are left out: log.txt has the alarms, and other warnings repeat in each epoch. Runs
+    of earlier versions did not mark their warnings, so none are found.
+    """
+    found: list[str] | None = None
+    session, has_begun = [], False
+    try:
+        with (run.folder / console.NAME).open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                if line.startswith("--- "):
+                    session, has_begun = [], False
+                elif not has_begun and line.startswith(console.WARNING):
+                    session.append(line.removeprefix(console.WARNING).strip())
+                elif not has_begun and re.match(r"epoch \d", line):
+                    found, has_begun = session, True
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        run.problems.append(f"{console.NAME} cannot be read ({error.strerror or error}).")
+    return session if found is None else found
 
 
 def _read_table(run: ReportData, file: Path, into: dict[str, Any], read: Any) -> None:

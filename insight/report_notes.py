@@ -29,8 +29,15 @@ class Note(NamedTuple):
 
 def find_notes(run: RunData) -> list[Note]:
     """Return the notes on a run, the most urgent first."""
-    notes = [*end_notes(run), *_alarms(run), *_skipped(run), *_not_finite(run)]
-    notes += [*_diverged(run), *_overfitting(run), *_advice(run)]
+    notes = [*end_notes(run), *(Note("warning", _sentence(text)) for text in run.warnings)]
+    notes += [
+        *_alarms(run),
+        *_skipped(run),
+        *_not_finite(run),
+        *_diverged(run),
+        *_overfitting(run),
+        *_advice(run),
+    ]
     notes += [Note("info", problem) for problem in run.problems]
     notes = sorted(dict.fromkeys(notes), key=lambda note: LEVELS.index(note.level))
     left = len(notes) - MOST
@@ -69,6 +76,11 @@ def sentences_of(value: Any) -> list[str]:
     values = value if isinstance(value, list) else ()
     texts = [_text(each) for each in values if isinstance(each, str) and each.strip()]
     return [text[:1].upper() + text[1:] for text in texts]
+
+
+def _sentence(text: str) -> str:
+    """Return a log line that begins with a word, and not with a path or a flag, as a sentence."""
+    return text[:1].upper() + text[1:] if re.match(r"[a-z]+ ", text) else text
 
 
 def _alarms(run: RunData) -> list[Note]:

@@ -10,7 +10,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from errors import UserError
 from insight import report_tables as tables
@@ -41,8 +41,18 @@ from utils import write_atomically
 
 NAME = "report.html"
 LIMIT, ROOM = 2_000_000, 40_000  # bytes of a page, of which some are for its head
+READABLE = 560  # pixels to which a phone does not shrink a picture: its text gets too small
 RECONSTRUCTIONS, WORST_IMAGES = "reconstructions", "worst_images"
 COMMON = ("Images per second", "Duration")  # numbers of all runs, which come last
+TITLES = {  # of the sections, and of the links to them
+    "notes": "Notes",
+    "curves": "Curves",
+    "pictures": "Pictures",
+    "results": "Results of the last evaluation",
+    "time": "Where the time went",
+    "configuration": "Configuration",
+    "machine": "Machine",
+}
 LABELS = {"error": "Error", "warning": "Warning", "advice": "Advice", "info": "Note"}
 HERE, PARTS = Path(__file__).parent, ("report.css", "report.js")
 
@@ -73,8 +83,8 @@ def build_page(runs: Sequence[ReportData]) -> str:
         None,  # pictures, which fill the rest of LIMIT
         None,  # results, with the worst images
         _time(runs, charts),
-        tag("section", tag("h2", "Configuration"), tables.flags_tables(runs), id="configuration"),
-        tag("section", tag("h2", "Machine"), tables.machine_table(runs), id="machine"),
+        _section("configuration", tables.flags_tables(runs)),
+        _section("machine", tables.machine_table(runs)),
     ]
     evaluations = _evaluations(runs)
     texts = payload, css, script, *evaluations, *filter(None, sections)
@@ -127,10 +137,7 @@ def _head(runs: Sequence[RunData], charts: Sequence[Chart]) -> Html:
         title, content = run.name, _tiles(_facts(run, 0, charts))
     else:
         title, content = f"{len(runs)} runs", _comparison(runs, charts)
-    links = [("Notes", "notes"), ("Curves", "curves"), ("Pictures", "pictures")]
-    links += [("Results", "results"), ("Time", "time")]
-    links += [("Configuration", "configuration"), ("Machine", "machine")]
-    nav = tag("nav", [tag("a", name, href=f"#{place}") for name, place in links])
+    nav = tag("nav", [tag("a", title, href=f"#{place}") for place, title in TITLES.items()])
     subtitle = " · ".join(dict.fromkeys(filter(None, map(_describe_run, runs))))
     header = [tag("h1", title), tag("p", subtitle, class_="lead"), nav, content]
     return tag("header", header)
@@ -141,10 +148,9 @@ def _describe_run(run: RunData) -> str:
     flags = run.flags
     if not flags.get("model"):
         return ""
-    kind = "pre-training" if "mask_ratio" in flags else "fine-tuning"
     data = flags.get("data_set") if flags.get("data_set") not in (None, "auto") else ""
     data = data or Path(str(flags.get("data_path") or "")).name
-    return f"{flags['model']}, {kind}" + f" on {data}" * bool(data)
+    return f"{flags['model']}, {run.kind}" + f" on {data}" * bool(data)
 
 
 class Fact(NamedTuple):
@@ -163,24 +169,23 @@ def _facts(run: RunData, index: int, charts: Sequence[Chart]) -> list[Fact]:
     epochs = f"{round(run.epochs_done, 3):g}" + (f" of {planned:g}" if planned else "")
     facts = [Fact("Epochs", epochs, describe_status(run))]
     for group, most in (("Metrics", 1), ("Loss", 2), ("Probes", 2), ("Speed", 1)):
-        own = [s for c in charts if c.group == group for s in c.series if s.run == index]
-        titles = {id(s): c.title for c in charts for s in c.series}
-        own = [s for s in own if group != "Metrics" or s.label.startswith("test")]
-        own = [s for s in own if group != "Speed" or s.key == "images_per_s"]
-        for series in own[:most]:
-            facts.append(_fact(series, titles[id(series)], group == "Speed"))
+        own = [(s, c) for c in charts if c.group == group for s in c.series if s.run == index]
+        own = [(s, c) for s, c in own if group != "Metrics" or s.label.startswith("test")]
+        own = [(s, c) for s, c in own if group != "Speed" or s.key == "images_per_s"]
+        facts += [_fact(series, chart) for series, chart in own[:most]]
     seconds = number(run.record.get("seconds"))
     return facts + ([Fact("Duration", duration(seconds), "")] if seconds is not None else [])
 
 
-def _fact(series: Series, title: str, is_last: bool) -> Fact:
-    name = series.label if series.label in SPELLED.values() else series.label.capitalize()
+def _fact(series: Series, chart: Chart) -> Fact:
+    first, *others = series.label.split(" ")
+    name = " ".join([first if first in SPELLED.values() else first.capitalize(), *others])
     labels = {"Loss": f"{name} loss", "Probes": f"{name} probe"}
-    best = None if is_last else series.best
+    best = None if chart.group == "Speed" else series.best
     value, epoch = best or series.last
     remark = "last" if best is None else f"best, epoch {epoch:g}"
     text = figure_of(value) + "%" * bool(PERCENT.fullmatch(series.key))
-    return Fact(labels.get(title, title), text, remark, value, series.goal)
+    return Fact(labels.get(chart.group, chart.title), text, remark, value, series.goal)
 
 
 def _tiles(facts: Sequence[Fact]) -> Html:
@@ -192,14 +197,25 @@ def _tiles(facts: Sequence[Fact]) -> Html:
 
 
 def _comparison(runs: Sequence[RunData], charts: Sequence[Chart]) -> Html:
-    """Return the table that compares runs: a row a run, a column a fact."""
-    facts = [{f.label: f for f in _facts(run, index, charts)} for index, run in enumerate(runs)]
-    labels = [*dict.fromkeys(label for of_run in facts for label in of_run)]
+    """Return the tables that compare the runs, one for each kind of training."""
+    kinds: dict[str, list[int]] = {}
+    for index, run in enumerate(runs):
+        kinds.setdefault(run.kind, []).append(index)
+    parts = []
+    for kind, numbers in kinds.items():
+        title = tag("h3", kind.capitalize() or "Unknown script") if len(kinds) > 1 else None
+        parts += [title, _facts_table(runs, numbers, charts)]
+    return join(parts)
+
+
+def _facts_table(runs: Sequence[RunData], numbers: Sequence[int], charts: Sequence[Chart]) -> Html:
+    """Return the table of some of the runs: a row a run, a column a fact."""
+    facts = {index: {f.label: f for f in _facts(runs[index], index, charts)} for index in numbers}
+    labels = [*dict.fromkeys(label for of_run in facts.values() for label in of_run)]
     labels.sort(key=lambda label: label in COMMON)
-    rows, best = [], {label: _best([f[label] for f in facts if label in f]) for label in labels}
-    if len({"mask_ratio" in run.flags for run in runs}) > 1:
-        best = dict.fromkeys(labels)  # losses of pre-training and fine-tuning do not compare
-    for index, of_run in enumerate(facts):
+    rows = []
+    best = {label: _best([f[label] for f in facts.values() if label in f]) for label in labels}
+    for index, of_run in facts.items():
         swatch = _swatch(_style(index, 0, len(runs)))
         cells: list[Html] = [join([swatch, runs[index].name])]
         for label in labels:
@@ -232,6 +248,10 @@ def _swatch(style: str) -> Html:
 # --- sections -------------------------------------------------------------------------------
 
 
+def _section(name: str, *parts: Any) -> Html:
+    return tag("section", tag("h2", TITLES[name]), *parts, id=name)
+
+
 def _notes(runs: Sequence[RunData], more: Sequence[str]) -> Html:
     items = []
     for run in runs:
@@ -246,7 +266,7 @@ def _notes(runs: Sequence[RunData], more: Sequence[str]) -> Html:
     if any(run.rows for run in runs) and not {"error", "warning"} & {level for level, _ in items}:
         text = tag("span", "No alarms in the logs.")
         found.insert(0, tag("li", tag("strong", "OK"), text, class_="fine"))
-    return tag("section", tag("h2", "Notes"), tag("ul", found, class_="notes"), id="notes")
+    return _section("notes", tag("ul", found, class_="notes"))
 
 
 def _toolbar(runs: Sequence[RunData]) -> Html:
@@ -278,7 +298,7 @@ def _curves(runs: Sequence[RunData], charts: Sequence[Chart]) -> Html:
     else:
         text = "The curves are drawn by the script of this page; the tables hold their values."
         content.append(tag("noscript", tag("p", text)))
-    return tag("section", tag("h2", "Curves"), content, id="curves")
+    return _section("curves", content)
 
 
 def _card(runs: Sequence[RunData], index: int, chart: Chart) -> Html:
@@ -288,8 +308,7 @@ def _card(runs: Sequence[RunData], index: int, chart: Chart) -> Html:
     has_best = any(series.goal for series in chart.series)
     rows = []
     for place, series in enumerate(chart.series):
-        number = labels.index(series.label) if several else place
-        style = _style(series.run, number, len(runs))
+        style = _style(series.run, chart.numbers[series.label], len(runs))
         words = [names[series.run]] if several else []
         words += [series.label] if not several or len(labels) > 1 else []
         parts = [_swatch(style), tag("span", " · ".join(words))]
@@ -302,7 +321,8 @@ def _card(runs: Sequence[RunData], index: int, chart: Chart) -> Html:
         elif has_best:
             cells.append(tag("td", "–"))
         rows.append(tag("tr", cells))
-    titles = ("", "last", "best" if chart.axis == "epoch" else "lowest")[: 2 + has_best]
+    titles = ("", "last", "best") if chart.axis == "epoch" else ("", "last block", "lowest")
+    titles = titles[: 2 + has_best]
     heads = tag("tr", [tag("th", text, scope="col") for text in titles])
     values = tag("table", tag("thead", heads), tag("tbody", rows), class_="values")
     log = tag("button", "log", class_="log", type="button", aria_pressed="false",
@@ -319,9 +339,8 @@ def _pictures(
     """Return the pictures over epochs, the reconstructions first."""
     if not pictures and not problems:
         return None
-    parts = _albums(runs, pictures) or [tag("h2", "Pictures")]
-    parts += [tag("p", problem, class_="dim") for problem in problems]
-    return tag("section", parts, id="pictures")
+    lost = [tag("p", problem, class_="dim") for problem in problems]
+    return _section("pictures", _albums(runs, pictures), lost)
 
 
 def _albums(runs: Sequence[RunData], pictures: Sequence[Picture]) -> list[Html]:
@@ -337,9 +356,7 @@ def _albums(runs: Sequence[RunData], pictures: Sequence[Picture]) -> list[Html]:
         ]
         title = name.replace("_", " ").capitalize()
         kind = "albums" + " many" * (len(albums) > 1)
-        first = name == names[0] and name != WORST_IMAGES
-        parts.append(tag("h2", f"{title} over epochs") if first else tag("h3", title))
-        parts.append(tag("div", albums, class_=kind))
+        parts += [tag("h3", title), tag("div", albums, class_=kind)]
     return parts
 
 
@@ -349,7 +366,8 @@ def _album(runs: Sequence[RunData], pictures: Sequence[Picture]) -> Html:
     images = [
         tag("img", src=picture.url, width=picture.width, height=picture.height, loading="lazy",
             alt=f"{picture.name} of {run.name} after {picture.epoch} epochs",
-            hidden=picture is not last, data_epoch=picture.epoch)
+            hidden=picture is not last, data_epoch=picture.epoch,
+            class_="wide" if picture.width >= READABLE else None)
         for picture in pictures
     ]  # fmt: skip
     buttons = [
@@ -360,7 +378,9 @@ def _album(runs: Sequence[RunData], pictures: Sequence[Picture]) -> Html:
     name = tag("h3", run.name) if len(runs) > 1 else None
     choice = tag("div", tag("span", "Epoch"), buttons, class_="epochs", role="group",
                  aria_label="epoch") if len(pictures) > 1 else None  # fmt: skip
-    return tag("figure", tag("figcaption", name, choice), images, class_="album")
+    frame = tag("div", images, class_="scroll", tabindex="0", role="region",
+                aria_label=f"{pictures[0].name} of {run.name}")  # fmt: skip
+    return tag("figure", tag("figcaption", name, choice), frame, class_="album")
 
 
 def _evaluations(runs: Sequence[ReportData]) -> list[Html]:
@@ -377,14 +397,15 @@ def _evaluations(runs: Sequence[ReportData]) -> list[Html]:
                 parts.append(tag("div", [tag("div", part) for part in pair], class_="pair"))
             if predictions := run.predictions.get(name):
                 parts.append(tables.predictions_table(predictions))
+    if any(run.last("test_acc1") is not None for run in runs) and not count:
+        text = "For a confusion matrix and a table of classes use --metrics acc1 acc5 confusion."
+        parts.append(tag("p", with_flags(text), class_="dim"))
     return parts
 
 
 def _results(evaluations: Sequence[Html], worst: Sequence[Html]) -> Html | None:
     parts = [*evaluations, *worst]
-    if not parts:
-        return None
-    return tag("section", tag("h2", "Results of the last evaluation"), parts, id="results")
+    return _section("results", parts) if parts else None
 
 
 def _time(runs: Sequence[RunData], charts: Sequence[Chart]) -> Html | None:
@@ -394,7 +415,7 @@ def _time(runs: Sequence[RunData], charts: Sequence[Chart]) -> Html | None:
         return None
     shares = tag("div", tag("h3", "Shares of the time"), bars, class_="card") if bars else None
     content = [shares, tag("div", cards, class_="charts") if cards else None]
-    return tag("section", tag("h2", "Where the time went"), content, id="time")
+    return _section("time", content)
 
 
 def _foot() -> Html:

@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from errors import format_bytes, plural
+from errors import first_few, format_bytes, plural
 from insight.report_curves import SHARES, mean_shares
 from insight.report_data import NONE, Confusion, WrongPredictions
 from insight.report_html import (
@@ -34,6 +34,7 @@ CELL = 29  # units of the drawing
 LETTER, TURN = 6.8, 50  # mean width of a letter there; degrees by which names of columns are turned
 NAME, LONG_NAME = 16, 40  # letters of the name of a class in a matrix and in a table
 SHARE_NAMES = (*SHARES.values(), "other")
+TIMES = ("started", "ended", "duration")  # of each run its own
 PACKAGES = ("torch", "torchvision", "numpy", "timm", "triton")  # shown first
 
 
@@ -201,10 +202,6 @@ def shares_picture(runs: Sequence[RunData]) -> Html | None:
     known = [(run, shares) for run, shares in known if shares]
     if not known:
         return None
-    names = [name for name in SHARE_NAMES if any(name in shares for _, shares in known)]
-    legend = [
-        tag("li", _swatch(f"s{SHARE_NAMES.index(name)}"), name, class_="key") for name in names
-    ]
     rows = []
     for run, shares in known:
         parts, x = [tag("title", "Share of the time: " + _describe(shares))], 0.0
@@ -216,10 +213,14 @@ def shares_picture(runs: Sequence[RunData]) -> Html | None:
             x += 100 * share
         bar = {"viewBox": "0 0 100 10", "preserveAspectRatio": "none", "role": "img"}
         drawing = tag("svg", parts, **bar, class_="shares")
-        texts = [tag("span", f"{name} {100 * share:.0f}%") for name, share in shares.items()]
+        texts = [
+            tag("span", _swatch(f"s{SHARE_NAMES.index(name)}"), f"{name} {100 * share:.0f}%",
+                class_="key")
+            for name, share in shares.items()
+        ]  # fmt: skip
         label = tag("p", run.name, class_="bar-name") if len(runs) > 1 else None
         rows.append(join([label, drawing, tag("p", texts, class_="dim spread")]))
-    return join([tag("ul", legend, class_="legend"), rows])
+    return join(rows)
 
 
 def _describe(shares: Mapping[str, float]) -> str:
@@ -256,29 +257,60 @@ def flags_tables(runs: Sequence[RunData]) -> Html:
     names = [*dict.fromkeys(name for run in runs for name in run.flags)]
     if not names:
         return tag("p", "args.yaml is missing, so the flags are unknown.", class_="dim")
-    if len(runs) > 1:
-        marked = [name for name in names if len({show(run.flags.get(name)) for run in runs}) > 1]
-        rows = [
-            ("marked", [f"--{name}", *(show_flag(run, name) for run in runs)]) for name in marked
-        ]
-        head = ["flag", *(run.name for run in runs)]
-        first = table(head, rows, "words", "flags that differ") if rows else None
-        words = plural(len(marked), "flag") + " differ" + "s" * (len(marked) == 1)
-        first = join([tag("p", f"{words} between the runs.", class_="dim"), first])
-        rest = "equal"
-    else:
-        typed = runs[0].record.get("typed")
-        marked = [name for name in names if isinstance(typed, list) and name in typed]
-        rows = [("marked", [f"--{n}", show_flag(runs[0], n)]) for n in marked]
-        first = table((), rows, "words", "flags that were typed") if rows else None
-        if not isinstance(typed, list):
-            why = "run.json is missing, so it is not known which flags were typed."
-            first = tag("p", why, class_="dim")
-        rest = "other"
+    return _compared_flags(runs, names) if len(runs) > 1 else _own_flags(runs[0], names)
+
+
+def _own_flags(run: RunData, names: Sequence[str]) -> Html:
+    """Return the flags of one run, those that were typed first."""
+    typed = run.record.get("typed")
+    marked = [name for name in names if isinstance(typed, list) and name in typed]
+    rows = [("marked", [f"--{name}", show_flag(run, name)]) for name in marked]
+    files = {"recipe": run.recipe, "config": part(run.record, "arguments").get("config")}
+    rows[:0] = [
+        ("marked", [f"--{name}", show(value)])
+        for name, value in files.items()
+        if value and isinstance(typed, list) and name in typed
+    ]
+    first = table((), rows, "words", "flags that were typed") if rows else None
+    if not isinstance(typed, list):
+        why = "run.json is missing, so it is not known which flags were typed."
+        first = tag("p", why, class_="dim")
     others = [name for name in names if name not in marked]
-    pairs = [tag("div", tag("dt", f"--{n}"), tag("dd", show_flag(runs[0], n))) for n in others]
-    summary = tag("summary", f"{plural(len(others), f'{rest} flag')}")
-    return join([first, tag("details", summary, tag("dl", pairs, class_="pairs"))])
+    return join([first, _folded(run, others, plural(len(others), "other flag"))])
+
+
+def _compared_flags(runs: Sequence[RunData], names: Sequence[str]) -> Html:
+    """Return the flags of several runs: a table of those that differ; the others are folded."""
+    having = {name: [run for run in runs if name in run.flags] for name in names}
+    marked = [name for name in names if len({show_flag(run, name) for run in having[name]}) > 1]
+    rows = [("marked", [f"--{name}", *(show_flag(run, name) for run in runs)]) for name in marked]
+    head = ["flag", *(run.name for run in runs)]
+    first = table(head, rows, "words", "flags that differ") if rows else None
+    words = plural(len(marked), "flag") + " differ" + "s" * (len(marked) == 1)
+    parts = [tag("p", f"{words} between the runs.", class_="dim"), first]
+    groups: dict[tuple[str, ...], list[str]] = {}  # names of runs -> flags that they alone have
+    for name in names:
+        if name not in marked:
+            groups.setdefault(tuple(run.name for run in having[name]), []).append(name)
+    equal = groups.pop(tuple(run.name for run in runs), [])
+    parts += [_folded(runs[0], equal, plural(len(equal), "equal flag"))]
+    for own in groups.values():
+        known = having[own[0]]
+        parts.append(_folded(known[0], own, f"{plural(len(own), 'flag')} of {_who(known, runs)}"))
+    return join(parts)
+
+
+def _who(some: Sequence[RunData], runs: Sequence[RunData]) -> str:
+    """Return `pre-training alone` for all runs of that kind, otherwise the names of the runs."""
+    kinds = {run.kind for run in some}
+    if len(kinds) == 1 and len(some) == sum(run.kind in kinds for run in runs):
+        return f"{kinds.pop()} alone"
+    return f"{first_few([run.name for run in some])} alone"
+
+
+def _folded(run: RunData, names: Sequence[str], title: str) -> Html:
+    pairs = [tag("div", tag("dt", f"--{n}"), tag("dd", show_flag(run, n))) for n in names]
+    return tag("details", tag("summary", title), tag("dl", pairs, class_="pairs"))
 
 
 def machine_table(runs: Sequence[RunData]) -> Html:
@@ -291,7 +323,8 @@ def machine_table(runs: Sequence[RunData]) -> Html:
     rows = []
     for name in names:
         cells = [facts.get(name, "–") for facts in known]
-        rows.append(("marked" if len(set(cells)) > 1 else "", [name, *cells]))
+        differs = len(set(cells)) > 1 and name not in TIMES
+        rows.append(("marked" if differs else "", [name, *cells]))
     head = ["", *(run.name for run in runs)] if len(runs) > 1 else []
     return table(head, rows, "words", "machine and versions")
 

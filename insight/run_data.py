@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from config.flags import is_pretraining
 from config.recipes import FILES, read_values
 from config.run_files import ARGS, LOCK, LOG, RECORD, SILENCE, parse_line, position_of
 from errors import UserError, first_few, first_line
@@ -30,7 +31,7 @@ class RunData:
     status: running, finished, stopped, failed, killed, or '' if it is unknown.
     rows: lines of log.txt by epoch, with `at`, the number of epochs done. record: run.json, {} if
     there is none. recipe: its name, '' for none. problems: sentences on files that could not be
-    read.
+    read. warnings: those before the first epoch, as `read_warnings` finds them for a report.
     """
 
     folder: Path
@@ -41,6 +42,7 @@ class RunData:
     flags: dict[str, Any] = field(default_factory=dict)
     recipe: str = ""
     problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def values(self, key: str) -> list[float | None]:
         """Return the values of a key of log.txt, a value a row; None where it is missing or NaN."""
@@ -49,6 +51,13 @@ class RunData:
     def last(self, key: str) -> Any:
         """Return the last value of a key of log.txt that is there, otherwise None."""
         return next((row[key] for row in reversed(self.rows) if row.get(key) is not None), None)
+
+    @property
+    def kind(self) -> str:
+        """The kind of training, `pre-training` or `fine-tuning`; '' if the flags are unknown."""
+        if not self.flags:
+            return ""
+        return "pre-training" if is_pretraining(self.flags) else "fine-tuning"
 
     @property
     def epochs_done(self) -> float:

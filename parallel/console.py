@@ -2,6 +2,8 @@
 # Licensed under the MIT License; see LICENSE.
 """The logger, its lines on the terminal, and their copy in a run's console.log.
 
+In console.log a warning begins with `warning: `, so that the report finds it.
+
 python main_pretrain.py --data_set DIGITS --epochs 1 --output_dir runs/a; cat runs/a/console.log
 """
 
@@ -13,6 +15,7 @@ import time
 from pathlib import Path
 
 NAME = "console.log"
+WARNING = "warning: "
 KEPT = 1 << 20  # bytes of lines that wait for a folder, or for a disk that is full
 
 
@@ -49,7 +52,8 @@ class ConsoleLog(logging.Handler):
         self._append(before)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.write(self.format(record))
+        mark = WARNING if record.levelno == logging.WARNING else ""
+        self.write(mark + self.format(record))
 
     def write(self, text: str) -> None:
         """Append a line."""

@@ -10,11 +10,13 @@ import pytest
 from insight import report_curves
 from insight.report_curves import (
     GROUPS,
+    Chart,
     Series,
     as_json,
     build_charts,
     labels_in_chart,
     mean_shares,
+    number_labels,
     place,
     points_for,
     sample,
@@ -38,8 +40,8 @@ from tests.insight.written import finetune_rows, pretrain_rows, write_run
         ("test_balanced_acc", ("Metrics", "Balanced acc", "test", "max")),
         ("test_rmse", ("Metrics", "RMSE", "test", "min")),
         ("train_lr", ("Learning rate", "Learning rate", "learning rate", "")),
-        ("probe_knn", ("Probes", "Probes", "kNN", "max")),
-        ("probe_linear_10pct", ("Probes", "Probes, few labels", "linear 10%", "max")),
+        ("probe_knn", ("Probes", "Probes, %", "kNN", "max")),
+        ("probe_linear_10pct", ("Probes", "Probes with few labels, %", "linear 10%", "max")),
         ("grad_norm_stage2", ("Health of the network", "Gradient norm", "stage 2", "")),
         ("train_grad_norm", ("Health of the network", "Gradient norm", "grad norm", "")),
         ("rank_me", ("Health of the network", "Rank of the features", "RankMe", "max")),
@@ -59,13 +61,11 @@ def test_charts_hold_the_curves_of_all_runs_and_no_counters(tmp_path):
     folders = [write_run(tmp_path / "pre", pretrain_rows(4))]
     folders.append(write_run(tmp_path / "fine", finetune_rows(3)))
     charts, notes = build_charts(read_runs(folders))
-    loss = charts[0]
     assert notes == []
-    assert [(s.run, s.label, len(s.y)) for s in loss.series] == [
-        (0, "train", 4), (0, "holdout", 4), (1, "train", 3), (1, "test", 3), (1, "test EMA", 3)
-    ]  # fmt: skip
+    rate = next(chart for chart in charts if chart.title == "Learning rate")
+    assert [(series.run, len(series.y)) for series in rate.series] == [(0, 4), (1, 3)]
     titles = [chart.title for chart in charts]
-    assert titles.index("Probes") < titles.index("Learning rate") < titles.index("Gradient norm")
+    assert titles.index("Probes, %") < titles.index("Learning rate") < titles.index("Gradient norm")
     assert not {"epoch", "n parameters", "time data"} & {*titles}
     distance = next(chart for chart in charts if chart.title == "Channel cosine distance")
     assert [s.label for s in distance.series] == ["feature distance", "stage 1", "stage 2"]
@@ -103,6 +103,59 @@ def test_all_curves_of_a_chart_look_different(runs):
         assert dash == 0 or f".d{dash} {{ stroke-dasharray" in css  # 0 is solid
     patterns = re.findall(r"stroke-dasharray: ([\d ]+);", css)
     assert len(patterns) == len({*patterns}) >= report_curves.DASHES
+
+
+def test_losses_of_pretraining_and_finetuning_have_charts_of_their_own(tmp_path):
+    """Reconstruction loss and cross-entropy shared an axis, as if they could be compared."""
+    fine = {"model": "convnextv2_atto"}
+    folders = [write_run(tmp_path / "pre", pretrain_rows(4))]
+    folders.append(write_run(tmp_path / "fine", finetune_rows(3), flags=fine))
+    charts = [chart for chart in build_charts(read_runs(folders))[0] if chart.group == "Loss"]
+    assert [(chart.title, {series.run for series in chart.series}) for chart in charts] == [
+        ("Loss, pre-training", {0}),
+        ("Loss, fine-tuning", {1}),
+    ]
+    assert [chart.labels for chart in charts] == [
+        ["train", "holdout"],
+        ["train", "test", "test EMA"],
+    ]
+    folders[0] = write_run(tmp_path / "fine2", finetune_rows(3), flags=fine)
+    assert build_charts(read_runs(folders))[0][0].title == "Loss"
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+def test_a_label_looks_the_same_in_all_charts_of_a_page(tmp_path, runs):
+    """`test` was orange in one chart and blue in the next, which has no `train`."""
+    rows = [a | b for a, b in zip(pretrain_rows(3), finetune_rows(3), strict=True)]
+    folders = [write_run(tmp_path / f"run{index}", rows) for index in range(runs)]
+    charts, _ = build_charts(read_runs(folders))
+    numbers: dict[str, set[int]] = {}
+    for chart in charts:
+        assert len({*chart.numbers.values()}) == len(chart.labels) == len(chart.numbers)
+        for label, number in chart.numbers.items():
+            numbers.setdefault(label, set()).add(number)
+    assert {label for label, found in numbers.items() if len(found) > 1} == set()
+    for label in ("train", "test", "test EMA", "stage 1"):
+        assert sum(label in chart.labels for chart in charts) > 1
+    assert numbers["train"] == numbers["RankMe"] == {0}  # styles are few: alone, the first one
+
+
+def test_labels_for_which_styles_do_not_suffice_differ_within_each_chart():
+    pairs = ("ab", "bc", "ca")  # three labels, each with each other one, and two styles
+    charts = [
+        Chart("Loss", pair, [Series(0, each, each, [1], [1]) for each in pair]) for pair in pairs
+    ]
+    number_labels(charts, 2)
+    assert [sorted(chart.numbers.values()) for chart in charts] == [[0, 1]] * 3
+
+
+def test_keys_with_the_same_label_have_curves_that_differ(tmp_path):
+    rows = [{"epoch": 0, "train_class_acc": 50.0, "train_acc1": 40.0}]
+    (chart,) = build_charts([read_run(write_run(tmp_path / "run", rows))])[0]
+    assert [(series.label, series.y) for series in chart.series] == [
+        ("train", [50]),
+        ("train acc1", [40]),
+    ]
 
 
 def test_a_chart_with_more_labels_than_styles_is_split(tmp_path):

@@ -5,6 +5,7 @@
 import pytest
 
 from insight.alarms import find_alarms
+from insight.report_data import read_for_report
 from insight.report_notes import MOST, describe_epochs, find_notes
 from insight.run_data import read_run
 from tests.insight.written import FLAGS, RECORD, finetune_rows, pretrain_rows, write_run
@@ -12,6 +13,40 @@ from tests.insight.written import FLAGS, RECORD, finetune_rows, pretrain_rows, w
 
 def notes_of(tmp_path, rows, record=RECORD, flags=FLAGS):
     return find_notes(read_run(write_run(tmp_path / "run", rows, record, flags)))
+
+
+WEAK = "peak lr 0.0005 for 6 steps moves a weight by 0.003 at most: the run will hardly learn"
+
+
+def with_console(tmp_path, *lines):
+    """The notes of a finished run with these lines in console.log."""
+    run = write_run(tmp_path / "run", pretrain_rows(1), RECORD)
+    (run / "console.log").write_text("".join(f"{line}\n" for line in lines))
+    return find_notes(read_for_report(run))
+
+
+def test_warnings_before_the_first_epoch_are_notes_once(tmp_path):
+    """The page said `No alarms in the logs.` of a run that could not learn."""
+    notes = with_console(
+        tmp_path,
+        "--- 2026-11-30 12:00:00 main_pretrain.py",
+        f"warning: {WEAK}",
+        f"warning: {WEAK}",
+        "warning: runs/a is old",
+        "epoch 1/1  step 1/2  loss 2",
+        "warning: alarm after epoch 1: collapse",  # log.txt has it
+    )
+    assert notes == [("warning", "P" + WEAK[1:]), ("warning", "runs/a is old")]
+
+
+def test_warnings_are_those_of_the_last_process_that_trained(tmp_path):
+    trained = ["--- 1", "warning: first", "epoch 1/1  step 1/2"]
+    resumed = ["--- 2", "warning: second", "epoch 1/1  step 2/2"]
+    other = ["--- 3", "warning: third"]
+    texts = [text for _, text in with_console(tmp_path, *trained, *resumed, *other)]
+    assert texts == ["second"]
+    assert [text for _, text in with_console(tmp_path, *other)] == ["third"]
+    assert with_console(tmp_path, "--- 1", "epoch 1/1  step 1/2", *other) == []
 
 
 def test_a_good_run_has_no_notes(tmp_path):

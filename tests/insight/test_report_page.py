@@ -33,6 +33,7 @@ from tests.insight.written import (
     CLASSES,
     FLAGS,
     RECORD,
+    finetune_rows,
     pretrain_rows,
     write_examples,
     write_picture,
@@ -86,7 +87,7 @@ def test_sections_come_in_order_with_the_alarms_first(page):
     Reader(page)
     found = re.findall(r"<h2>(.*?)</h2>", page)
     assert found == [
-        "Notes", "Curves", "Reconstructions over epochs", "Results of the last evaluation",
+        "Notes", "Curves", "Pictures", "Results of the last evaluation",
         "Where the time went", "Configuration", "Machine",
     ]  # fmt: skip
     text = Reader(page).text
@@ -118,11 +119,91 @@ def test_differing_flags_are_marked_and_equal_ones_are_not(folders):
                                                 "batch_size"]  # fmt: skip
 
 
+def test_flags_and_facts_of_one_script_alone_are_not_compared(folders):
+    """54 flags of a pre-training and a fine-tuning run differed, most of them in one alone."""
+    page = build_page(read_runs(folders))
+    marked = re.findall(r'<tr class="marked"><th scope="row">--(\w+)', page)
+    assert marked == ["lr", "mask_ratio", "output_dir"]  # of the two pre-training runs
+    page = build_page(read_runs(folders[1:]))
+    marked = re.findall(r'<tr class="marked"><th scope="row">--(\w+)', page)
+    assert marked == ["lr", "output_dir"]
+    folded = page.partition("1 flag of pre-training alone</summary>")[2]
+    assert re.findall(r"<dt>--(\w+)</dt><dd>(.*?)</dd>", folded) == [("mask_ratio", "0.75")]
+    head = page.partition("<main>")[0]
+    assert re.findall(r"<h3>(.*?)</h3>", head) == ["Pre-training", "Fine-tuning"]
+    first, second = re.findall(r"<thead>(.*?)</thead>", head)
+    assert ("Holdout loss" in first, "Test loss" in first) == (True, False)
+    assert ("Holdout loss" in second, "Test loss" in second) == (False, True)
+
+
+def test_flags_of_some_runs_of_a_kind_name_them(tmp_path):
+    runs = [write_run(tmp_path / name, (), flags=FLAGS) for name in "ab"]
+    runs.append(write_run(tmp_path / "new", (), flags=FLAGS | {"fresh": 3}))
+    text = Reader(build_page(read_runs(runs))).text
+    assert "1 flag of new alone--fresh3" in text
+    assert "0 flags differ between the runs." in text
+
+
+def test_times_of_runs_are_not_marked(tmp_path):
+    """Start, end and duration differ between any two runs."""
+    other = RECORD | {"start": "2026-12-01", "end": "2026-12-02", "seconds": 7.0, "host": "node8"}
+    runs = [write_run(tmp_path / "a", (), RECORD), write_run(tmp_path / "b", (), other)]
+    table = build_page(read_runs(runs)).partition('id="machine"')[2]
+    assert re.findall(r'<tr class="marked"><th scope="row">(.*?)<', table) == ["host"]
+    assert "2026-12-01" in table
+
+
 def test_typed_flags_of_one_run_are_marked(folders):
     page = build_page(read_runs(folders[:1]))
     marked = re.findall(r'<tr class="marked"><th scope="row">--(\w+)', page)
     assert marked == ["model", "data_path", "epochs"]
     assert 'class="chip"' not in page  # there is no other run to hide
+
+
+def test_a_typed_recipe_and_config_are_shown(tmp_path):
+    """Both were left out: no flag of the run, but of its command line."""
+    typed = {"recipe": "tiny: --lr 1", "config": "own.yaml"}
+    record = RECORD | {"arguments": FLAGS | typed, "typed": ["lr", *typed], "recipe": "tiny"}
+    page = build_page(read_runs([write_run(tmp_path / "run", (), record)]))
+    marked = re.findall(r'<tr class="marked"><th scope="row">--(\w+)</th><td>(.*?)</td>', page)
+    assert marked == [("recipe", "tiny"), ("config", "own.yaml"), ("lr", "0.001")]
+    record |= {"typed": ["lr"]}
+    page = build_page(read_runs([write_run(tmp_path / "run", (), record)]))
+    assert "--recipe" not in page
+
+
+def test_links_have_the_words_of_the_titles(page):
+    """A link `Pictures` led to `Reconstructions over epochs`."""
+    links = re.findall(r'<a href="#(\w+)">(.*?)</a>', page)
+    sections = re.findall(r'<section id="(\w+)"><h2>(.*?)</h2>', page)
+    assert sections == links
+    assert len(links) == 7
+
+
+def test_results_without_a_confusion_matrix_name_the_flag(tmp_path, folders):
+    said = "For a confusion matrix and a table of classes use --metrics acc1 acc5 confusion."
+    flags = {"model": "convnextv2_atto"}
+    run = write_run(tmp_path / "run", finetune_rows(2), flags=flags)
+    assert said in Reader(build_page(read_runs([run]))).text
+    assert said not in Reader(build_page(read_runs(folders))).text  # which have them
+    numbers = write_run(tmp_path / "rmse", [{"epoch": 0, "test_rmse": 1.0}], flags=flags)
+    assert said not in Reader(build_page(read_runs([numbers]))).text
+
+
+def test_shares_of_the_time_have_each_name_once(folders):
+    """A legend had the names, and the line below them again."""
+    card = build_page(read_runs(folders[:1])).partition("Shares of the time</h3>")[2]
+    card = card.partition('class="charts"')[0]
+    card = re.sub("<title>.*?</title>", "", card)  # which appear under the mouse
+    assert Reader(card.rpartition("</div>")[0]).text == (
+        "data 31%forward 24%backward 35%optimizer 6%other 4%"
+    )
+
+
+def test_value_of_the_last_block_is_called_so(page):
+    """`last` was read as the last epoch."""
+    card = page.partition("Channel cosine distance by block</h3>")[2].partition("</figure>")[0]
+    assert re.findall(r'<th scope="col">(.*?)</th>', card) == ["", "last block", "lowest"]
 
 
 def test_runs_of_earlier_versions_have_a_page_too(tmp_path):

@@ -31,7 +31,7 @@ def test_lines_before_the_folder_is_known_are_in_it_too(log, tmp_path):
     console.open_console_log(tmp_path)
     console.get_logger().info("second %d", 2)
     console.note("of a bar")
-    assert lines(tmp_path) == ["first", "second 2", "of a bar"]
+    assert lines(tmp_path) == ["warning: first", "second 2", "of a bar"]
     console.open_console_log(tmp_path)  # a resumed run
     console.note("third")
     assert lines(tmp_path)[-2:] == ["of a bar", "third"]
