@@ -51,24 +51,24 @@ class Place(NamedTuple):
     goal: str = ""
 
 
-# Regular expression of keys -> group, chart, goal. The label is what the last bracket matches, or
+# Regular expression of keys -> group, chart. The label is what the last bracket matches, or
 # the key without `train_`. The first that matches the whole key counts.
-TABLE: tuple[tuple[str, str, str, str], ...] = (
-    ("train_lr", "Learning rate", "Learning rate", ""),
-    ("test_best_blr", "Learning rate", "Learning rate of the best head", ""),
-    (r"(train)_class_acc", "Metrics", "Top-1 accuracy", "max"),
-    (r"probe_(.+_\d+pct\w*)", "Probes", "Probes with few labels, %", "max"),
-    (r"probe_(.+)", "Probes", "Probes, %", "max"),
-    (r"(holdout|fixed_train)_loss", "Loss", "Loss", "min"),
-    (r"train_grad_norm|grad_norm_(.+)", "Health of the network", "Gradient norm", ""),
-    ("rank_me", "Health of the network", "Rank of the features", "max"),
-    (r"feature_distance_?(.*)", "Health of the network", "Channel cosine distance", ""),
-    (r"grn_gamma_(.+)", "Health of the network", "GRN gamma", ""),
-    (r"grn_beta_(.+)", "Health of the network", "GRN beta", ""),
-    (r"(dead|saturated)_channels", "Health of the network", "Dead and saturated channels, %", ""),
-    ("skipped_steps", "Health of the network", "Skipped steps, %", ""),
-    ("images_per_s", "Speed", "Images per second", "max"),
-    ("mfu", "Speed", "Model FLOPs utilization", "max"),
+TABLE: tuple[tuple[str, str, str], ...] = (
+    ("train_lr", "Learning rate", "Learning rate"),
+    ("test_best_blr", "Learning rate", "Learning rate of the best head"),
+    (r"(train)_class_acc", "Metrics", "Top-1 accuracy"),
+    (r"probe_(.+_\d+pct\w*)", "Probes", "Probes with few labels, %"),
+    (r"probe_(.+)", "Probes", "Probes, %"),
+    (r"(holdout|fixed_train)_loss", "Loss", "Loss"),
+    (r"train_grad_norm|grad_norm_(.+)", "Health of the network", "Gradient norm"),
+    ("rank_me", "Health of the network", "Rank of the features"),
+    (r"feature_distance_?(.*)", "Health of the network", "Channel cosine distance"),
+    (r"grn_gamma_(.+)", "Health of the network", "GRN gamma"),
+    (r"grn_beta_(.+)", "Health of the network", "GRN beta"),
+    (r"(dead|saturated)_channels", "Health of the network", "Dead and saturated channels, %"),
+    ("skipped_steps", "Health of the network", "Skipped steps, %"),
+    ("images_per_s", "Speed", "Images per second"),
+    ("mfu", "Speed", "Model FLOPs utilization"),
 )
 
 
@@ -124,7 +124,8 @@ def place(key: str, keys: Collection[str], lowest: Collection[str] = ()) -> Plac
 
     lowest: keys of a user's metrics of which the lowest value is the best.
     """
-    for pattern, group, chart, goal in TABLE:
+    goal = goal_of(HEAD.sub("", key), lowest)
+    for pattern, group, chart in TABLE:
         if found := re.fullmatch(pattern, key):
             label = next(filter(None, reversed(found.groups())), key.removeprefix("train_"))
             return Place(group, chart or _title(key), LABELS.get(key) or _words(label), goal)
@@ -133,16 +134,14 @@ def place(key: str, keys: Collection[str], lowest: Collection[str] = ()) -> Plac
         return Place("Other", _title(key), _words(key))
     split, name, ema = found.groups()
     if head := HEAD.search(name):
-        goal = goal_of(key.removesuffix(head[0]), lowest)
         title = f"{metric_name(name.removesuffix(head[0]))} of each head"
         return Place("Metrics", title, f"blr {head[1]}", goal)
     group = "Loss" if name.endswith("loss") else "Metrics"
     name, where = _without_set(split, name, keys)
-    goal = goal_of(key, lowest)
     label = " ".join(filter(None, (split, where, "EMA" * bool(ema))))
     if group == "Loss":
         more = name.removesuffix("loss").strip("_")
-        return Place(group, "Loss", " ".join(filter(None, (label, _words(more)))), "min")
+        return Place(group, "Loss", " ".join(filter(None, (label, _words(more)))), goal)
     return Place(group, metric_name(name), label, goal)
 
 

@@ -26,10 +26,10 @@ from insight.run_data import RunData, number, part, read_run
 
 # Parts of the names of metrics of which the lowest value is the best.
 LOWEST = {"loss", "rmse", "mae", "ece"}
-# Those of which neither the lowest nor the highest value is the best.
-NEITHER = re.compile(
-    r"train_lr|test_best_blr|train_grad_norm|grad_norm_.+|time_.+|feature_distance.*|grn_.+|"
-    "(dead|saturated)_channels|skipped_steps|n_parameters"
+# Metrics of which a value is the best, the highest unless LOWEST says otherwise.
+HAVE_BEST = re.compile(
+    r"(?!train_lr$|train_grad_norm$|test_best_blr$)(train|test|probe)_.+|"
+    r"(holdout|fixed_train)_loss|rank_me|images_per_s|mfu"
 )
 SHOWN = ("acc1", "map", "rmse")  # metrics of tasks, to show if a run names none of its own
 UNKNOWN = "-"
@@ -144,11 +144,11 @@ def find_metrics(run: RunData) -> dict[str, Value]:
 
 
 def goal_of(name: str, lowest: Iterable[str] = ()) -> str:
-    """Return `min` or `max`, which is the best of a metric, '' if neither is.
+    """Return `min` or `max`, which is the best value of a metric, '' if neither is.
 
     lowest: names of metrics of which the lowest is.
     """
-    if NEITHER.fullmatch(name):
+    if not HAVE_BEST.fullmatch(name):
         return ""
     return "min" if name in lowest or not LOWEST.isdisjoint(name.split("_")) else "max"
 
