@@ -133,7 +133,7 @@ def test_probabilities_are_those_of_a_loop_in_plain_pytorch(place, tmp_path):
 def test_all_formats_agree(suffix, tmp_path):
     expected = results("it.pth labeled", tmp_path / "r.json")
     out = tmp_path / f"r.{suffix}"
-    run(f"it.pth labeled --output {out}")
+    run(f"it.pth labeled --output {out} --overwrite")
     if suffix == "csv":
         found = [*csv.DictReader(out.open())]
         expected = [{name: cell(value) for name, value in row.items()} for row in expected]

@@ -251,7 +251,7 @@ def test_image_that_is_unlike_the_others_comes_first(place, tmp_path, capsys):
     similar = (x @ x.T).fill_diagonal_(-2)  # an image is not its own neighbor
     near, places = similar.topk(2)
     assert values == pytest.approx(sorted((1 - near[:, 1]).tolist(), reverse=True), abs=1e-5)
-    own = {row["image"]: row["class"] for row in read_csv(tmp_path / "f.csv")}
+    own = {row["image"]: row["class"] for row in read_csv(tmp_path / "f-rows.csv")}
     classes = [*own.values()]
     for image, found in zip(own, places.tolist(), strict=True):
         (row,) = (row for row in rows if row["image"] == image)
@@ -289,9 +289,9 @@ def test_images_without_labels_are_enough_for_all_but_probes(tmp_path):
     for words, name in (("features", "f.npy"), ("duplicates", "d.csv"), ("map", "m.png")):
         run(f"{words} --output {tmp_path}/{name}", flat)
         assert (tmp_path / name).exists()
-    assert "label" not in read_csv(tmp_path / "f.csv")[0]
+    assert "label" not in read_csv(tmp_path / "f-rows.csv")[0]
     run(f"features --val_split 0.5 --split all --output {tmp_path}/f.npy", flat)
-    parts = [row["part"] for row in read_csv(tmp_path / "f.csv")]
+    parts = [row["part"] for row in read_csv(tmp_path / "f-rows.csv")]
     assert set(parts) == {"train", "val"}
     assert len(parts) == 6
     with pytest.raises(UserError, match="no class folders"):
@@ -502,7 +502,7 @@ def test_features_that_are_not_finite_are_named(tmp_path):
         ("--data_path d", "required: CHECKPOINT"),
         ("duplicates c.pth --data_path a-rows.csv --output a-rows.csv", "an input; give another"),
         ("features c.pth --data_path a-rows.csv --output a.npy", "overwrite a-rows.csv, an input"),
-        ("map c.pth --data_path d --eval_data_path a=p.png --output p.png", "p.png, an input"),
+        ("map c.pth --data_path d --eval_data_path p.png --output p.png", "would overwrite p.png"),
     ],
 )
 def test_wrong_flags_are_refused_at_once(words, problem, tmp_path, capsys, monkeypatch):

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_loading.labels import class_names
 from data_loading.loader import DeviceLoader
+from data_loading.split import list_values
 from errors import UserError, did_you_mean, first_few
 from insight.attribution import enlarge, error_map, find_map, grad_cam
 from insight.drawing import draw_images
@@ -69,11 +71,12 @@ def read_images(loader: DeviceLoader, count: int) -> tuple[Tensor, Tensor, list[
 
 
 def true_texts(data: Any, ids: Tensor) -> list[str]:
-    """Return `true: cat` for each image of a data set by its label, '' without labels."""
-    if data.targets is None:
+    """Return `true: cat` for each image of a data set by its label, '' if it lists no labels."""
+    if (targets := list_values(data, "targets")) is None:
         return [""] * len(ids)
-    rows = [np.atleast_1d(data.targets[number]).tolist() for number in ids.tolist()]
-    return [f"true: {cell(read_target(row, data.kind, data.classes)) or '-'}" for row in rows]
+    kind, names = getattr(data, "kind", None) or "class", class_names(data)
+    rows = [np.atleast_1d(targets[number]).tolist() for number in ids.tolist()]
+    return [f"true: {cell(read_target(row, kind, names)) or '-'}" for row in rows]
 
 
 def explain_classifier(

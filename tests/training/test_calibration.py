@@ -85,7 +85,7 @@ def test_diagram_has_a_box_as_high_as_the_accuracy():
 
 def test_gray_of_the_diagram_is_the_share_of_all_images():
     """Of the largest bin it would look as if all were there."""
-    picture = calibration.draw([[1, 20.0, 0.0], [1, 90.0, 0.0], [6, 95.0, 0.0]], "class")
+    picture = calibration.draw([[0, 0, *row] for row in ([1, 20, 0], [1, 90, 0], [6, 95, 0])])
     x, bottom = calibration.EDGE + calibration.SIDE * 5 // 6, calibration.EDGE + calibration.SIDE
     column = [picture.getpixel((x, y)) for y in range(picture.height)]
     height = bottom - column.index((217, 217, 217))  # PALE

@@ -39,9 +39,9 @@ def drawn(monkeypatch) -> SimpleNamespace:
     """What is drawn last: images and heat maps in turn, with their texts."""
     seen = SimpleNamespace()
 
-    def draw(cells, texts, columns, title):
+    def draw(cells, texts, paths, columns, title):
         seen.pictures, seen.heat = torch.stack(cells[::2]), torch.stack(cells[1::2])
-        seen.names, seen.texts = texts[::2], texts[1::2]
+        seen.names, seen.texts = paths[::2], texts[1::2]
         return torch.zeros(3, 1, 1)
 
     monkeypatch.setattr(explain, "draw_images", draw)

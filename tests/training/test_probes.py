@@ -174,8 +174,9 @@ def test_resumed_run_measures_the_same(tmp_path, monkeypatch):
 def test_log_has_every_measure_under_its_name(tmp_path, capsys):
     (line,) = run(f"{COLORS} --epochs 1", tmp_path)
     stages = range(1, 5)
-    expected = {"probe_knn_5", "probe_linear", "rank_me", "holdout_loss", "feature_distance"}
-    expected |= {"feature_distance_blocks", "dead_channels", "saturated_channels"}
+    expected = {"probe_knn_5", "probe_linear", "probe_linear_10pct", "rank_me", "holdout_loss"}
+    expected |= {"feature_distance", "feature_distance_blocks"}
+    expected |= {"dead_channels", "saturated_channels"}
     expected |= {"grad_norm_decoder", "skipped_steps"}
     for name in ("feature_distance", "grn_gamma", "grn_beta", "grad_norm"):
         expected |= {f"{name}_stage{stage}" for stage in stages}
@@ -185,7 +186,8 @@ def test_log_has_every_measure_under_its_name(tmp_path, capsys):
     assert line["skipped_steps"] == 0
     assert line["grad_norm_stage1"] > 0
     said = capsys.readouterr().out
-    assert "no probe_knn_5_10pct: 0.1 of 26 images is less than one for each of 3" in said
+    assert "no probe_knn_5_10pct: --probes knn(k=5): k 5: there are only 3 images" in said
+    assert "no probe_knn_5_1pct: 0.01 of 26 images is less than one for each of 3" in said
     assert "probe: probe_knn_5" in said
     assert "grn_" not in said.partition("epoch 1/1 done")[2]  # log.txt has them
 

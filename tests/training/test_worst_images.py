@@ -77,11 +77,12 @@ def test_texts_name_target_and_prediction(monkeypatch):
     loader = DeviceLoader(WatchedLoader(data, [], 1), "cpu", [0.5] * 3, [0.25] * 3)
     rows = torch.tensor([[2.5, 7, 0, 1, 0.75], [0.5, 3, 2, 0, 0.5]])
     draw_rows(rows, loader, "class", ("ant", "bee", "cat"))
-    pictures, texts, *_ = seen[0]
+    pictures, texts, paths, *_ = seen[0]
     assert texts == [
-        "true: ant\npredicted: bee\np 0.75, loss 2.5\nnumber 7",
-        "true: cat\npredicted: ant\np 0.50, loss 0.5\nnumber 3",
+        "true: ant\npredicted: bee\np 0.75, loss 2.5",
+        "true: cat\npredicted: ant\np 0.50, loss 0.5",
     ]
+    assert paths == ["number 7", "number 3"]
     bright = [int(picture.mean((1, 2)).argmax()) for picture in pictures]
     assert bright == [7 % 3, 3 % 3]
 
