@@ -84,8 +84,7 @@ def command(script: str) -> str:
 # Flags in --help of the training scripts and of submitit; --help all shows the others too.
 EVERYDAY = """
 model data_set data_path output_dir finetune resume batch_size epochs lr device dry_run recipe
-config input_size stem_stride drop_path mask_ratio norm_pix_loss picture_freq probe_data
-probe_every num_workers
+config input_size stem_stride drop_path mask_ratio norm_pix_loss probe_data num_workers
 on_bad_image warmup_epochs effective_batch layer_decay eval amp seed save_ckpt_freq
 cluster nodes ngpus timeout job_dir partition array follow
 """
