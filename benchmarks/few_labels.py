@@ -13,7 +13,7 @@ import statistics
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -293,10 +293,7 @@ class Runs:
     def _read(self) -> list[dict[str, Any]]:
         try:
             text = read(self.path) if self.path.exists() else ""
-            whole, end, rest = text.rpartition("\n")
-            if rest:  # the program was killed while it wrote
-                write_atomically(whole + end, self.path)
-            rows = [json.loads(line) for line in whole.splitlines()]
+            rows = [json.loads(line) for line in text.splitlines()]
             other = next((x["settings"] for x in rows if x["settings"] != self.settings), "")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
@@ -309,10 +306,10 @@ class Runs:
         return rows
 
     def add(self, job: Job, row: dict[str, Any]) -> None:
-        """Store a finished run."""
-        self.rows[job] = row
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row | {"settings": self.settings}) + "\n")
+        """Store a finished run; a program that is killed meanwhile leaves the file as it was."""
+        self.rows[job] = row | {"settings": self.settings}
+        lines = [json.dumps(each) + "\n" for each in self.rows.values()]
+        write_atomically("".join(lines), self.path)
 
     @property
     def cost(self) -> float:
@@ -320,19 +317,24 @@ class Runs:
         return self.rows[COST]["cost"]
 
     def do_all(self, pool: Executor, jobs: Iterable[Job]) -> None:
-        """Do those that are not finished. After an error the others that have begun are stored."""
-        todo = [job for job in jobs if job not in self.rows]
-        futures = {pool.submit(do, job, self.args): job for job in todo}
+        """Do those that are not finished.
+
+        After an error no more are begun; those in progress are finished and stored, and then it is
+        raised.
+        """
+        waiting = [job for job in jobs if job not in self.rows]
+        running: dict[Future, Job] = {}
         errors: list[BaseException] = []
-        for future in as_completed(futures):
-            if future.cancelled():
-                continue
-            if error := future.exception():
-                errors.append(error)
-                for other in futures:
-                    other.cancel()
-            else:
-                self.add(futures[future], future.result())
+        while running or (waiting and not errors):
+            while waiting and not errors and len(running) < self.args.jobs:
+                job = waiting.pop(0)
+                running[pool.submit(do, job, self.args)] = job
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                if error := future.exception():
+                    errors.append(error)
+                else:
+                    self.add(job, future.result())
         if errors:
             raise errors[0]
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from errors import UserError, plural
 
-ROUNDING = 1e-6  # of a cosine similarity in float32; equal rows have 1 less about that
+ROUNDING = 1e-6  # of a cosine similarity in float32; equal rows may be this far below 1
 AT_ONCE = 1 << 24  # similarities that are held at once: 64 MiB of float32
 MOST_PAIRS = 2_000_000  # near-duplicates; a lower threshold would say nothing about duplicates
 
