@@ -30,7 +30,7 @@ from torch.utils.data import Sampler
 from tqdm import tqdm
 
 import datasets
-from config.paths import absolute, map_sources
+from config.paths import absolute, find_overwritten, map_sources
 from data_loading.dataset import TransformedDataset
 from data_loading.inputs import Inputs, image_files, in_input_order
 from data_loading.labels import Head, differences, find_outputs, find_positions, order_of_head
@@ -44,7 +44,7 @@ from data_loading.tuning import Tuner, most_workers
 from errors import UserError, plural
 from insight.feature_cache import checksum
 from insight.predictions import LIKELY, PredictionRecords
-from insight.result_files import Parts, Shown, check_place, folder_of
+from insight.result_files import SIDE_FILES, Parts, Shown, check_place, folder_of, side_file
 from models.kernels.autotune import autotuner
 from parallel.process_group import (
     all_gather,
@@ -81,6 +81,9 @@ def main(parsed: tuple[argparse.Namespace, Any]) -> None:
     out = Path(args.output).expanduser() if args.output else None
     if out is not None:
         from_main_process(lambda: check_place(out))
+        written = [out, *(side_file(out, name) for name in SIDE_FILES)]
+        if found := find_overwritten(written, [args.checkpoint, *args.input]):
+            raise UserError(f"--output {out} would overwrite {found}, an input; give another name")
     device, amp = setup_process(flags)
     trained = load_trained(flags, args.checkpoint, device)
     if trained.flags.compile:

@@ -8,7 +8,9 @@ python -c "from config.paths import split_sources; print(split_sources('a.tar:0.
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
 
 PATTERN = re.compile(r"[*?\[{]")  # begins a pattern of several files
 
@@ -55,6 +57,19 @@ def map_sources(text: str, change: Callable[[str], str]) -> str:
         return text
     weights = ["" if weight is None else f":{weight!r}" for _, weight in pairs]
     return ",".join(change(path) + weight for (path, _), weight in zip(pairs, weights, strict=True))
+
+
+def find_overwritten(written: Iterable[Path], read: Iterable[str | None]) -> Path | None:
+    """Return the first of the files to write that is a file in `read`, flags as `split_sources`."""
+    sources: list[str] = []
+    for text in filter(None, read):
+        with suppress(ValueError):  # reported by `checks.problems`
+            sources += [os.path.expanduser(source) for source, _ in split_sources(text)]
+    sources = [source for source in sources if os.path.isfile(source)]
+    for path in filter(Path.is_file, written):
+        if any(path.samefile(source) for source in sources):
+            return path
+    return None
 
 
 def absolute(text: str, exists: bool = False) -> str:

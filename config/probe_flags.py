@@ -6,17 +6,15 @@ python probe.py neighbors runs/photos --data_path photos --k 5
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from config import checks, flags, phases, recipes
 from config import parser as parsers
 from config.flags import SOURCES
 from config.kinds import BOOL, COUNT, FRACTION, NAME, PATH, POSITIVE, number
-from config.paths import split_sources
+from config.paths import find_overwritten
 from config.tool_flags import OF_FILES
 from errors import did_you_mean
 
@@ -208,16 +206,11 @@ def side_file(path: Path) -> Path:
 
 
 def _overwritten(args: argparse.Namespace) -> Iterator[str]:
-    """Yield a message for each file to write that is an input."""
+    """Yield a message if a file to write is an input."""
     path = Path(args.output).expanduser()
     written = [path, side_file(path)] if path.suffix in (".npy", ".csv") else [path]
-    read = [args.checkpoint]
-    with suppress(ValueError):  # reported by `checks.problems`
-        for text in filter(None, [args.data_path, *phases.eval_sets(args.eval_data_path).values()]):
-            read += [source for source, _ in split_sources(text)]
-    for each in filter(Path.is_file, written):
-        if any(os.path.isfile(source) and each.samefile(source) for source in read):
-            yield f"--output {args.output} would overwrite {each}, an input; give another name"
+    if found := find_overwritten(written, [args.checkpoint, args.data_path, args.eval_data_path]):
+        yield f"--output {args.output} would overwrite {found}, an input; give another name"
 
 
 def problems(view: str, args: argparse.Namespace) -> Iterator[str]:

@@ -363,11 +363,25 @@ def test_labels_that_are_classes_of_the_checkpoint_make_an_evaluation(tmp_path):
         assert Image.open(tmp_path / f"r-{name}.png").width > 200
 
 
+@pytest.mark.parametrize("name", ["own.csv", "own-classes.csv"])
+def test_inputs_are_never_overwritten(name, tmp_path):
+    """The labels of a table would be lost."""
+    text = "image,label\n" + "".join(f"{path},cat\n" for path in Path("labeled").rglob("*.png"))
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=f"would overwrite .*{name}, an input; give another name"):
+        run(f"it.pth {tmp_path / name} --output {tmp_path}/own.csv --overwrite")
+    assert (tmp_path / name).read_text() == text
+
+
 def test_worst_images_are_named_with_their_folder(tmp_path, monkeypatch):
     """Files of several classes may have one name."""
     drawn, real = [], worst_images.draw_images
-    keep = lambda *words: drawn.append(words) or real(*words)  # noqa: E731
-    monkeypatch.setattr(worst_images, "draw_images", keep)
+
+    def draw(*words: object) -> torch.Tensor:
+        drawn.append(words)
+        return real(*words)
+
+    monkeypatch.setattr(worst_images, "draw_images", draw)
     rows = results("it.pth labeled --num_worst 3", tmp_path / "r.json")
     rows = sorted((row for row in rows if row["target"]), key=lambda row: -row["loss"])[:3]
     _, texts, paths, *_ = drawn[0]

@@ -329,8 +329,7 @@ def captions(words: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str
     """Return the text and the path below each image and each map."""
     with monkeypatch.context() as context:
         found, picture = [], torch.zeros(3, 1, 1)
-        keep = lambda *words: found.append(words) or picture  # noqa: E731
-        context.setattr(explain, "draw_images", keep)
+        context.setattr(explain, "draw_images", lambda *words: found.append(words) or picture)
         context.setattr(visualize, "save_picture", lambda *words: None)
         drawn(f"{words} --device cpu", context)
     _, texts, paths, *_ = found[0]
