@@ -78,11 +78,11 @@ SURE = ("", "by ImageNet's names", "by ImageNet's English names")  # matches of 
 def main(parsed: tuple[argparse.Namespace, Any]) -> None:
     """Predict all images of the inputs."""
     args, flags = parsed
-    out = Path(args.output).expanduser() if args.output else None
+    out = Path(args.output) if args.output else None
     if out is not None:
         from_main_process(lambda: check_place(out))
         written = [out, *(side_file(out, name) for name in SIDE_FILES)]
-        if found := find_overwritten(written, [args.checkpoint, *args.input]):
+        if found := find_overwritten(written, args.checkpoint, args.input):
             raise UserError(f"--output {out} would overwrite {found}, an input; give another name")
     device, amp = setup_process(flags)
     trained = load_trained(flags, args.checkpoint, device)

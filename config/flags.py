@@ -25,6 +25,7 @@ from config.kinds import (
     FROM_0,
     FROM_MINUS_1,
     NAME,
+    OUT,
     PATH,
     POSITIVE,
     REPEATED,
@@ -135,7 +136,7 @@ FLAGS["start here"] = (
     ("--data_path", PATH, "",
      "data: a folder, a table of images (.csv, .tsv, .txt), a zip, tar or Parquet file, a pattern, "
      "or several: a.tar:0.7,b/:0.3; DIGITS and SYNTHETIC need none"),
-    ("--output_dir", PATH, None,
+    ("--output_dir", OUT, None,
      "folder for checkpoints and logs, or none; default: runs/SCRIPT-MODEL-TIME"),
     ("--finetune", PATH, "", f"pretrained weights: {SOURCES}; default: random weights"),
     ("--resume", PATH, "", "run or checkpoint to continue; those in --output_dir take precedence"),
@@ -179,7 +180,7 @@ FLAGS["probes and alarms"] = (
     ("--probes", TEXT, ("knn", "linear"), "evaluators: knn(k=9), linear, package.module:name", "+"),
 )
 FLAGS["data"] = (
-    ("--data_index", PATH, "", "folder to cache lists of image files in; default: no cache"),
+    ("--data_index", OUT, "", "folder to cache lists of image files in; default: no cache"),
     ("--ram_cache", BOOL, False, "hold image files in memory, once for all processes of a node"),
     ("--imagenet_default_mean_and_std", BOOL, True, "ImageNet's mean and std; false: Inception's"),
     ("--mean", ANY, None, "mean of images in 0 to 1, one or per channel; default: ImageNet's", "+"),
@@ -371,7 +372,7 @@ FLAGS["NaN and loss spikes"] = (
     ("--max_bad_steps", FROM_0, 10, "consecutive bad steps or rollbacks that the run survives"),
 )
 FLAGS["checkpoints and logs"] = (
-    ("--log_dir", PATH, None, "TensorBoard folder, or none; default: OUTPUT_DIR/tensorboard"),
+    ("--log_dir", OUT, None, "TensorBoard folder, or none; default: OUTPUT_DIR/tensorboard"),
     ("--print_freq", COUNT, 20, "optimizer steps between log lines"),
     ("--hook", REPEATED, None,
      "csv, histograms(every=5), predictions ...: names of docs/hooks.md, or package.module:MyHook; "
@@ -417,7 +418,7 @@ FLAGS[JOB] = (
     ("--mem_gb", POSITIVE, None, "memory per node in GB; default: the cluster's"),
     ("--timeout", COUNT, 4320, "time limit in minutes; the job saves and is requeued"),
     ("--signal_delay", COUNT, 120, "seconds before the time limit at which the job saves"),
-    ("--job_dir", PATH, "./runs/%j", "shared folder of the job; %%j: job number"),
+    ("--job_dir", OUT, "./runs/%j", "shared folder of the job; %%j: job number"),
     ("--partition", NAME, "", "SLURM partition; default: the cluster's"),
     ("--account", NAME, "", "SLURM account; default: the cluster's"),
     ("--qos", NAME, "", "SLURM quality of service; default: the cluster's"),

@@ -7,6 +7,7 @@ python -c "from config.kinds import FRACTION; print(FRACTION['type']('0.5'))"
 
 import argparse
 import math
+import os
 from typing import Any
 
 from config.sizes import parse_sizes, write_sizes
@@ -60,6 +61,7 @@ def number(kind: str) -> dict[str, Any]:
 
 BOOL = {"type": str2bool, "metavar": "BOOL", "nargs": "?", "const": True}
 PATH, NAME, TEXT = {"metavar": "PATH"}, {"metavar": "NAME"}, {"metavar": "TEXT"}
+OUT = PATH | {"type": os.path.expanduser}  # shells do not expand the ~ in --output=~/a
 REPEATED = TEXT | {"action": Repeated}
 COUNT, FROM_0, FROM_MINUS_1 = map(number, ("int [1, inf)", "int [0, inf)", "int [-1, inf)"))
 AMOUNT, POSITIVE = number("float [0, inf)"), number("float (0, inf)")

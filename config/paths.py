@@ -59,15 +59,22 @@ def map_sources(text: str, change: Callable[[str], str]) -> str:
     return ",".join(change(path) + weight for (path, _), weight in zip(pairs, weights, strict=True))
 
 
-def find_overwritten(written: Iterable[Path], read: Iterable[str | None]) -> Path | None:
-    """Return the first of the files to write that is a file in `read`, flags as `split_sources`."""
-    sources: list[str] = []
-    for text in filter(None, read):
+def find_overwritten(
+    written: Iterable[Path], checkpoint: str, data: Iterable[str | None]
+) -> Path | None:
+    """Return the first of the files to write that is an input, None if there is none.
+
+    data: values of flags, as `split_sources` takes them. Pictures in their folders are inputs.
+    """
+    sources: list[str] = []  # of data
+    for text in filter(None, data):
         with suppress(ValueError):  # reported by `checks.problems`
             sources += [os.path.expanduser(source) for source, _ in split_sources(text)]
-    sources = [source for source in sources if os.path.isfile(source)]
+    files = [source for source in [checkpoint, *sources] if os.path.isfile(source)]
+    folders = [Path(source).resolve() for source in sources if os.path.isdir(source)]
     for path in filter(Path.is_file, written):
-        if any(path.samefile(source) for source in sources):
+        within = path.suffix == ".png" and not set(folders).isdisjoint(path.resolve().parents)
+        if within or any(path.samefile(file) for file in files):
             return path
     return None
 

@@ -13,7 +13,7 @@ from typing import Any
 from config import checks
 from config import parser as parsers
 from config.flags import SOURCES
-from config.kinds import BOOL, COUNT, FROM_0, PATH, number
+from config.kinds import BOOL, COUNT, FROM_0, OUT, number
 from config.parser import FrozenNamespace
 
 HELP = """Predict the classes of images, or numbers, with any checkpoint.
@@ -36,7 +36,7 @@ PREDICT = (
     ("checkpoint", {"metavar": "CHECKPOINT"}, None, SOURCES),
     ("input", {"metavar": "INPUT"}, None, "images: see above; several are taken in this order",
      "+"),
-    ("--output --out", PATH, None,
+    ("--output --out", OUT, None,
      f"file to write, {', '.join(FORMATS)}; default: the first images are printed as a table"),
     ("--overwrite", BOOL, False, "replace an existing --output, and parts of other arguments"),
     ("--topk", COUNT, None, "most likely classes to list per image; default: 5"),

@@ -13,7 +13,7 @@ from pathlib import Path
 from config import checks, flags, phases, recipes
 from config import parser as parsers
 from config.flags import SOURCES
-from config.kinds import BOOL, COUNT, FRACTION, NAME, PATH, POSITIVE, number
+from config.kinds import BOOL, COUNT, FRACTION, NAME, OUT, POSITIVE, number
 from config.paths import find_overwritten
 from config.tool_flags import OF_FILES
 from errors import did_you_mean
@@ -72,7 +72,7 @@ COSINE = number("float [-1, 1]")
 # fmt: off
 COMMON = (
     ("checkpoint", {"metavar": "CHECKPOINT"}, None, f"{SOURCES}; or torchvision:NAME"),
-    ("--feature_cache", PATH, None,
+    ("--feature_cache", OUT, None,
      "folder of computed features, or none; default: ~/.cache/convnextv2/features"),
     ("--max_images", COUNT, None, "largest number of images of a part, drawn by --seed"),
 )
@@ -92,42 +92,42 @@ ROWS = {
         ("--temperature", POSITIVE, 0.07, "softmax temperature of the neighbor votes"),
         ("--fractions", FRACTION, (1.0,),
          "fractions of the training images of each class to fit the probes to", "+"),
-        ("--output", PATH, None, "JSON file to write the results to; default: none"),
+        ("--output", OUT, None, "JSON file to write the results to; default: none"),
         LAYER,
     ),
     "features": (
-        ("--output", PATH, "features.npy", "file to write: .npy, .safetensors or .parquet"),
+        ("--output", OUT, "features.npy", "file to write: .npy, .safetensors or .parquet"),
         EITHER, LAYER,
     ),
     "neighbors": (
         ("--k", COUNT, 6, "neighbors of an image"),
         ("--num_images", COUNT, 8, "number of images, one per row, spread evenly"),
-        ("--output", PATH, "neighbors.png", "PNG file to write"),
+        ("--output", OUT, "neighbors.png", "PNG file to write"),
         ("--split", ("train", "val"), "train", "images to find neighbors of; not all data has val"),
         CENTER, LAYER,
     ),
     "duplicates": (
         ("--threshold", COSINE, 0.97, "smallest cosine similarity of a pair"),
         ("--num_images", COUNT, 10, "largest number of groups in the picture, one per row"),
-        ("--output", PATH, "duplicates.csv", "CSV file to write; the picture is a .png next to it"),
+        ("--output", OUT, "duplicates.csv", "CSV file to write; the picture is a .png next to it"),
         EITHER, CENTER, LAYER,
     ),
     "outliers": (
         ("--k", COUNT, 10, "neighbor whose distance counts"),
         ("--num_images", COUNT, 24, "number of images in the picture"),
-        ("--output", PATH, "outliers.csv", "CSV file to write; the picture is a .png next to it"),
+        ("--output", OUT, "outliers.csv", "CSV file to write; the picture is a .png next to it"),
         EITHER, CENTER, LAYER,
     ),
     "map": (
         ("--method", ("pca", "tsne", "umap"), "pca",
          "pca; tsne needs scikit-learn, and umap umap-learn"),
-        ("--output", PATH, "map.png", "PNG file to write"),
+        ("--output", OUT, "map.png", "PNG file to write"),
         EITHER, LAYER,
     ),
     "selectivity": (
         ("--layers", NAME, None,
          "modules to look at; default: blocks of ConvNeXt, or all activation functions", "+"),
-        ("--output", PATH, "selectivity.png", "PNG file to write"),
+        ("--output", OUT, "selectivity.png", "PNG file to write"),
         SPLIT,
     ),
 }
@@ -207,9 +207,9 @@ def side_file(path: Path) -> Path:
 
 def _overwritten(args: argparse.Namespace) -> Iterator[str]:
     """Yield a message if a file to write is an input."""
-    path = Path(args.output).expanduser()
+    path = Path(args.output)
     written = [path, side_file(path)] if path.suffix in (".npy", ".csv") else [path]
-    if found := find_overwritten(written, [args.checkpoint, args.data_path, args.eval_data_path]):
+    if found := find_overwritten(written, args.checkpoint, [args.data_path, args.eval_data_path]):
         yield f"--output {args.output} would overwrite {found}, an input; give another name"
 
 

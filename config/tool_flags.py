@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from config.flags import SOURCES
-from config.kinds import BOOL, COUNT, PATH, number
+from config.kinds import BOOL, COUNT, OUT, PATH, number
 
 EXPORT_HELP = """Convert a checkpoint for other libraries, and check the result with them.
 
@@ -74,7 +74,7 @@ def size_text(images: int | None, size: int | None) -> str:
 EXPORT = (
     ("checkpoint", {"metavar": "CHECKPOINT"}, None, SOURCES),
     ("--to", tuple(TARGETS), None, "target format, listed above"),
-    ("--output", PATH, "", "file or folder to write; default: named by size and format"),
+    ("--output", OUT, "", "file or folder to write; default: named by size and format"),
     ("--overwrite", BOOL, False, "replace an existing output"),
     ("--labels", PATH, None, "hf: text file with a class name per line; default: the checkpoint's"),
     ("--half", BOOL, False, "graphs: weights in float16; sums, input and output stay in float32"),
@@ -96,7 +96,7 @@ PACK = (
 )
 DRAWING = (
     ("--checkpoint", PATH, "", "run of main_pretrain.py, or weights with a decoder"),
-    ("--output", PATH, "reconstructions.png", "PNG file to write"),
+    ("--output", OUT, "reconstructions.png", "PNG file to write"),
     ("--images", PATH, None, "image files, or all that --data_path takes; default: the run's", "+"),
     ("--num_images", COUNT, 8, "number of images, one per row"),
     ("--split", ("train", "val"), "train", "images to draw; not every data set has val"),

@@ -218,7 +218,7 @@ def build_charts(runs: Sequence[RunData]) -> tuple[list[Chart], list[str]]:
 def title_in(spot: Place, run: RunData, runs: Sequence[RunData]) -> str:
     """Return the title of a run's chart: losses of pre-training and fine-tuning do not compare."""
     if spot.group == "Loss" and len({each.kind for each in runs}) > 1:
-        return f"{spot.chart}, {run.kind or 'unknown script'}"
+        return f"{spot.chart}, {run.kind or 'kind unknown'}"
     return spot.chart
 
 

@@ -113,6 +113,7 @@ def read_for_report(folder: str | Path) -> ReportData:
 def read_warnings(run: RunData) -> list[str]:
     """Return the warnings of console.log before the first epoch, of the last process that trained.
 
+    Of a run that failed, those of the last process, which may have failed before its first epoch.
     Later ones are left out: log.txt has the alarms, and other warnings repeat in each epoch. Runs
     of earlier versions did not mark their warnings, so none are found.
     """
@@ -131,7 +132,7 @@ def read_warnings(run: RunData) -> list[str]:
         return []
     except OSError as error:
         run.problems.append(f"{console.NAME} cannot be read ({error.strerror or error}).")
-    return session if found is None else found
+    return session if found is None or run.status == "failed" else found
 
 
 def _read_table(run: ReportData, file: Path, into: dict[str, Any], read: Any) -> None:

@@ -29,13 +29,14 @@ class Note(NamedTuple):
 
 def find_notes(run: RunData) -> list[Note]:
     """Return the notes on a run, the most urgent first."""
-    notes = [*end_notes(run), *(Note("warning", _sentence(text)) for text in run.warnings)]
-    notes += [
+    notes = [
+        *end_notes(run),
         *_alarms(run),
         *_skipped(run),
         *_not_finite(run),
         *_diverged(run),
         *_overfitting(run),
+        *(Note("warning", _sentence(text)) for text in run.warnings),
         *_advice(run),
     ]
     notes += [Note("info", problem) for problem in run.problems]

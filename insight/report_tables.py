@@ -301,11 +301,11 @@ def _compared_flags(runs: Sequence[RunData], names: Sequence[str]) -> Html:
 
 
 def _who(some: Sequence[RunData], runs: Sequence[RunData]) -> str:
-    """Return `pre-training alone` for all runs of that kind, otherwise the names of the runs."""
+    """Return `pre-training only` for all runs of that kind, otherwise the names of the runs."""
     kinds = {run.kind for run in some}
     if len(kinds) == 1 and len(some) == sum(run.kind in kinds for run in runs):
-        return f"{kinds.pop()} alone"
-    return f"{first_few([run.name for run in some])} alone"
+        return f"{kinds.pop()} only"
+    return f"{first_few([run.name for run in some])} only"
 
 
 def _folded(run: RunData, names: Sequence[str], title: str) -> Html:

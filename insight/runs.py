@@ -25,11 +25,11 @@ from errors import UserError, did_you_mean, first_few, sentences
 from insight.run_data import RunData, number, part, read_run
 
 # Parts of the names of metrics of which the lowest value is the best.
-LOWEST = {"loss", "rmse", "mae", "ece"}
+LOWEST = {"loss", "rmse", "mae", "ece", "dead", "saturated", "skipped"}
 # Metrics of which a value is the best, the highest unless LOWEST says otherwise.
 HAVE_BEST = re.compile(
     r"(?!train_lr$|train_grad_norm$|test_best_blr$)(train|test|probe)_.+|"
-    r"(holdout|fixed_train)_loss|rank_me|images_per_s|mfu"
+    r"(holdout|fixed_train)_loss|rank_me|(dead|saturated)_channels|skipped_steps|images_per_s|mfu"
 )
 SHOWN = ("acc1", "map", "rmse")  # metrics of tasks, to show if a run names none of its own
 UNKNOWN = "-"

@@ -177,7 +177,7 @@ def script(module: str, runs: Sequence[Any]) -> str:
     """Return the script for sbatch; works without SLURM."""
     from submitit.slurm.slurm import _make_sbatch_string
 
-    folder = Path(runs[0].job_dir).expanduser().absolute()
+    folder = Path(runs[0].job_dir).absolute()
     words = [sys.executable, "-u", "-m", "submitit.core._submit", str(folder)]
     return _make_sbatch_string(  # an executor would need srun
         shlex.join(words),

@@ -373,6 +373,18 @@ def test_inputs_are_never_overwritten(name, tmp_path):
     assert (tmp_path / name).read_text() == text
 
 
+def test_pictures_of_an_evaluation_do_not_replace_images_of_the_input(tmp_path):
+    shutil.copytree("labeled", tmp_path / "d")
+    image = next((tmp_path / "d").rglob("*.png"))
+    own = image.replace(image.with_name("r-worst.png")).read_bytes()
+    out = image.with_name("r.csv")
+    with pytest.raises(UserError, match="would overwrite .*r-worst.png, an input"):
+        run(f"it.pth {tmp_path}/d --output {out} --overwrite")
+    assert image.with_name("r-worst.png").read_bytes() == own
+    rows = results(f"it.pth {tmp_path}/d", out.with_name("s.json"))  # not a picture
+    assert len(rows) == 11
+
+
 def test_worst_images_are_named_with_their_folder(tmp_path, monkeypatch):
     """Files of several classes may have one name."""
     drawn, real = [], worst_images.draw_images

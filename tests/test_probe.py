@@ -503,11 +503,13 @@ def test_features_that_are_not_finite_are_named(tmp_path):
         ("duplicates c.pth --data_path a-rows.csv --output a-rows.csv", "an input; give another"),
         ("features c.pth --data_path a-rows.csv --output a.npy", "overwrite a-rows.csv, an input"),
         ("map c.pth --data_path d --eval_data_path p.png --output p.png", "would overwrite p.png"),
+        ("map c.pth --data_path d --output d/cat/p.png", "would overwrite d/cat/p.png, an input"),
     ],
 )
 def test_wrong_flags_are_refused_at_once(words, problem, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("a-rows.csv", "p.png"):
+    (tmp_path / "d" / "cat").mkdir(parents=True)
+    for name in ("a-rows.csv", "p.png", "d/cat/p.png"):
         (tmp_path / name).touch()
     with pytest.raises(SystemExit):
         probe_flags.parse_probe(words.split())

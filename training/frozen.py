@@ -99,7 +99,7 @@ def load_frozen(args: Any) -> FrozenModel:
     """Load the checkpoint that the flags name; UserError before data is listed if it is wrong."""
     device, amp = setup_process(args)
     off = args.feature_cache == "none"
-    folder = Path(args.feature_cache or feature_cache.default_folder()).expanduser()
+    folder = Path(args.feature_cache or feature_cache.default_folder())
     cache = FeatureCache(None if off else folder)
     from_main_process(cache.check)
     weights = read_source(args, args.checkpoint)

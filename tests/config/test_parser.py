@@ -90,6 +90,14 @@ def test_official_flag_parses(kind, pair):
     assert joined == split == expected
 
 
+@pytest.mark.parametrize("kind", PARSERS)
+def test_a_tilde_is_the_home_folder_in_a_file_to_write(kind, monkeypatch):
+    """Shells leave it in --output_dir=~/runs; a folder named ~ was made."""
+    monkeypatch.setenv("HOME", "/home/a")
+    args = PARSERS[kind]().parse_args(["--output_dir=~/runs", "--log_dir", "~/logs"])
+    assert (args.output_dir, args.log_dir) == ("/home/a/runs", "/home/a/logs")
+
+
 def test_evaluation_may_have_the_flags_of_the_run():
     """With --config RUN/args.yaml, which holds --finetune."""
     words = ["--finetune", "a.pth", "--resume", "b.pth"]

@@ -18,9 +18,9 @@ def notes_of(tmp_path, rows, record=RECORD, flags=FLAGS):
 WEAK = "peak lr 0.0005 for 6 steps moves a weight by 0.003 at most: the run will hardly learn"
 
 
-def with_console(tmp_path, *lines):
-    """The notes of a finished run with these lines in console.log."""
-    run = write_run(tmp_path / "run", pretrain_rows(1), RECORD)
+def with_console(tmp_path, *lines, **record):
+    """The notes of a run, a finished one by default, with these lines in console.log."""
+    run = write_run(tmp_path / "run", pretrain_rows(1), RECORD | record)
     (run / "console.log").write_text("".join(f"{line}\n" for line in lines))
     return find_notes(read_for_report(run))
 
@@ -47,6 +47,15 @@ def test_warnings_are_those_of_the_last_process_that_trained(tmp_path):
     assert texts == ["second"]
     assert [text for _, text in with_console(tmp_path, *other)] == ["third"]
     assert with_console(tmp_path, "--- 1", "epoch 1/1  step 1/2", *other) == []
+    failed = with_console(tmp_path, *trained, *other, status="failed")  # before its first epoch
+    assert [text for _, text in failed][1:] == ["third"]
+
+
+def test_alarms_come_before_warnings_of_the_start(tmp_path):
+    run = write_run(tmp_path / "run", [pretrain_rows(1)[0] | {"alarms": ["Collapse: x"]}], RECORD)
+    (run / "console.log").write_text(f"--- 1\nwarning: {WEAK}\nepoch 1/1  step 1/2\n")
+    alarm, warning = find_notes(read_for_report(run))
+    assert (alarm.text, warning.text) == ("Collapse: x (epoch 1)", "P" + WEAK[1:])
 
 
 def test_a_good_run_has_no_notes(tmp_path):

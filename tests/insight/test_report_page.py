@@ -127,7 +127,7 @@ def test_flags_and_facts_of_one_script_alone_are_not_compared(folders):
     page = build_page(read_runs(folders[1:]))
     marked = re.findall(r'<tr class="marked"><th scope="row">--(\w+)', page)
     assert marked == ["lr", "output_dir"]
-    folded = page.partition("1 flag of pre-training alone</summary>")[2]
+    folded = page.partition("1 flag of pre-training only</summary>")[2]
     assert re.findall(r"<dt>--(\w+)</dt><dd>(.*?)</dd>", folded) == [("mask_ratio", "0.75")]
     head = page.partition("<main>")[0]
     assert re.findall(r"<h3>(.*?)</h3>", head) == ["Pre-training", "Fine-tuning"]
@@ -140,7 +140,7 @@ def test_flags_of_some_runs_of_a_kind_name_them(tmp_path):
     runs = [write_run(tmp_path / name, (), flags=FLAGS) for name in "ab"]
     runs.append(write_run(tmp_path / "new", (), flags=FLAGS | {"fresh": 3}))
     text = Reader(build_page(read_runs(runs))).text
-    assert "1 flag of new alone--fresh3" in text
+    assert "1 flag of new only--fresh3" in text
     assert "0 flags differ between the runs." in text
 
 

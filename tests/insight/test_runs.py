@@ -120,6 +120,15 @@ def test_direction_of_each_metric_is_that_of_the_training():
             assert runs.goal_of(f"test_b_{name}_ema") == expected, name
 
 
+def test_the_run_with_the_fewest_idle_channels_is_the_best(tmp_path):
+    names = ("dead_channels", "saturated_channels", "skipped_steps")
+    for run, value in (("a", 9.0), ("b", 2.0)):
+        write(tmp_path / run, RECORD, {"epoch": 0, **dict.fromkeys(names, value)})
+    for name in names:
+        found = sort_runs(find_runs(tmp_path), name)
+        assert [(run.name, run.metrics[name].best) for run in found] == [("b", 2), ("a", 9)]
+
+
 def test_no_learning_rate_or_share_of_the_time_is_the_best(tmp_path):
     """The run that waits longest for its data would be called the best."""
     for name, values in (("a", (0.9, 0.1)), ("b", (0.2, 0.3))):
