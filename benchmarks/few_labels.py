@@ -287,7 +287,7 @@ class Runs:
 
     def __init__(self, args: Namespace, settings: str) -> None:
         self.args, self.settings = args, settings
-        self.path = args.folder / "runs.jsonl"
+        self.path, self.asked = args.folder / "runs.jsonl", set[Job]()
         self.rows = {Job(*(row[key] for key in Job._fields)): row for row in self._read()}
 
     def _read(self) -> list[dict[str, Any]]:
@@ -322,6 +322,8 @@ class Runs:
         After an error no more are begun; those in progress are finished and stored, and then it is
         raised.
         """
+        jobs = list(jobs)
+        self.asked.update(jobs)
         waiting = [job for job in jobs if job not in self.rows]
         running: dict[Future, Job] = {}
         errors: list[BaseException] = []
@@ -382,16 +384,18 @@ def do_all(runs: Runs, args: Namespace) -> None:
 
 def report(runs: Runs, args: Namespace) -> str:
     """Markdown: settings, accuracies, leads, learning curves, and probes of pre-training."""
-    seconds = sum(row.get("seconds", 0) for row in runs.rows.values())
+    asked = [row for job, row in runs.rows.items() if job in runs.asked]
+    each = statistics.mean(runs.rows[job]["seconds"] for job in runs.pretraining())
+    total = sum(row["seconds"] for row in asked)
     every = list(itertools.product(args.labels, RUNS))
     shares = [f"{share:.0%}" for share in SHARES]
     probes = [*runs.rows[runs.pretraining()[0]]["probes"][0]]
     lines = [
         f"### Few labels of {args.pretrain_images} images of CIFAR-10, `{args.model}`\n",
         f"`{runs.settings} {settings_of(args, IN_JOBS)}`",
-        *dict.fromkeys(row["machine"] for row in runs.rows.values() if "machine" in row),
-        f"An image of pre-training costs {runs.cost:.2f} of one in training. All trainings took "
-        f"{seconds / 60:.0f} minutes of a thread.",
+        *dict.fromkeys(row["machine"] for row in asked),
+        f"An image of pre-training costs {runs.cost:.2f} of one in training. On a thread each, "
+        f"pre-training took {each / 60:.0f} minutes a seed, and all trainings {total / 60:.0f}.",
         *table(
             "labels | training | epochs | learning rate | best epochs | top-1 % | each seed",
             [accuracy_row(runs, labels, run) for labels, run in every],

@@ -68,6 +68,9 @@ def test_the_table_is_that_of_the_runs_and_a_second_call_only_reports(toy_zip, t
             own = [by_job[name, labels, seed, float(row[3])]["acc1"] for seed in (3, 5)]
             assert row[-1] == ", ".join(f"{value:.2f}" for value in own)
     assert len(tables(first.stdout)[-1]) == 2  # probes of two epochs
+    other = rows[-1] | {"labels": 16, "seconds": 1e6, "machine": "other"}  # of other numbers
+    with (tmp_path / "runs/runs.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(other) + "\n")
     again = run("benchmarks/few_labels.py", *words)
     assert again.stdout == first.stdout
     assert again.stderr == ""  # nothing was run again
