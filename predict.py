@@ -30,12 +30,12 @@ from torch.utils.data import Sampler
 from tqdm import tqdm
 
 import datasets
-from config.paths import absolute, find_overwritten, map_sources
+from config.paths import absolute, map_sources
 from data_loading.dataset import TransformedDataset
 from data_loading.inputs import Inputs, image_files, in_input_order
 from data_loading.labels import Head, differences, find_outputs, find_positions, order_of_head
 from data_loading.loader import DeviceLoader
-from data_loading.mixed import MixedImages
+from data_loading.mixed import MixedImages, refuse_overwriting
 from data_loading.sources import TABLES, DatasetSpec
 from data_loading.split import Part
 from data_loading.targets import Targets
@@ -44,7 +44,7 @@ from data_loading.tuning import Tuner, most_workers
 from errors import UserError, plural
 from insight.feature_cache import checksum
 from insight.predictions import LIKELY, PredictionRecords
-from insight.result_files import SIDE_FILES, Parts, Shown, check_place, folder_of, side_file
+from insight.result_files import Parts, Shown, check_place, files_to_write, folder_of
 from models.kernels.autotune import autotuner
 from parallel.process_group import (
     all_gather,
@@ -81,14 +81,13 @@ def main(parsed: tuple[argparse.Namespace, Any]) -> None:
     out = Path(args.output) if args.output else None
     if out is not None:
         from_main_process(lambda: check_place(out))
-        written = [out, *(side_file(out, name) for name in SIDE_FILES)]
-        if found := find_overwritten(written, args.checkpoint, args.input):
-            raise UserError(f"--output {out} would overwrite {found}, an input; give another name")
     device, amp = setup_process(flags)
     trained = load_trained(flags, args.checkpoint, device)
     if trained.flags.compile:
         trained.network.compile()
     dataset, labeled = open_inputs(args, trained)
+    if out is not None:
+        refuse_overwriting(files_to_write(out), dataset, args.checkpoint)
     if labeled and dataset.classes and not trained.head.names:
         trained = replace(trained, names=dataset.classes)  # as the data names them
     if out is None and not labeled and len(dataset) > SHOWN:
@@ -186,7 +185,12 @@ def with_labels(data: MixedImages, trained: TrainedModel, must: bool) -> Transfo
     if trained.kind == "number":
         return transformed(in_input_order(data), trained, find_outputs(names, head, "INPUT"))
     order, how = order_of_head(names, head)
-    if order is None or not (must or how in SURE):
+    if order is not None and not must and how not in SURE:
+        raise UserError(
+            f"the classes of INPUT match those of {head.source} only {how}; if that is right, give "
+            "--labels true"
+        )
+    if order is None:
         raise UserError(differences(names, head, "INPUT", advise(names)))
     positions = find_positions(names, head, "INPUT")
     return transformed(in_input_order(data), trained, positions, order)
@@ -363,8 +367,7 @@ class PredictionJob:
         """Return where results are written, and the state of the parts that are finished."""
         if out is None:
             return Shown(SHOWN), {"parts": 0}
-        how = self.args.overwrite, self.evaluation is not None
-        store = from_main_process(lambda: Parts(out, self.plan(), *how))
+        store = from_main_process(lambda: Parts(out, self.plan(), self.args.overwrite))
         try:
             acquire_run_lock(str(folder_of(out)))
         except UserError as error:

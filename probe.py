@@ -5,7 +5,6 @@
 python probe.py runs/photos --data_path labeled
 """
 
-import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,19 +12,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from config.probe_flags import PROBES, parse_probe, side_file
+from config.probe_flags import PROBES, files_to_write, parse_probe, side_file
 
 if __name__ == "__main__":  # --help and wrong flags are answered before torch is imported
     view, args = parse_probe()
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from data_loading.labels import describe_one_class
+from data_loading.mixed import refuse_overwriting
 from errors import UserError, plural
 from insight import drawing, embedding, feature_files
-from insight.drawing import BAD, GOOD, Cell
+from insight.drawing import BAD, GOOD, Cell, write_picture
 from insight.evaluators import (
     Labeled,
     check_features,
@@ -59,13 +58,23 @@ BOTH = ("train", "val")
 TOP5 = 5  # classes from which on the top 5 say something: more than that many
 
 
+def open_sets(
+    args: Any, frozen: FrozenModel, names: Sequence[str], labeled: bool = False
+) -> list[ImageSet]:
+    """`open_parts`, with a UserError if --output would overwrite the checkpoint or an image."""
+    parts = open_parts(frozen, names, labeled)
+    for part in parts:
+        refuse_overwriting(files_to_write(args.output), part.dataset, args.checkpoint)
+    return parts
+
+
 # --- accuracy -------------------------------------------------------------------------------------
 
 
 def measure_accuracy(args: Any) -> None:
     """Print how well frozen features separate classes; --output writes the same as JSON."""
     frozen = load_frozen(args)
-    parts = open_parts(frozen, BOTH, labeled=True)
+    parts = open_sets(args, frozen, BOTH, labeled=True)
     args = frozen.args
     check_fits(args, parts[0])
     found = [compute_features(frozen, each) for each in parts]
@@ -207,7 +216,7 @@ def gather(
     """
     names = names or (BOTH if args.split == "all" else (args.split,))
     frozen = load_frozen(args)
-    parts = open_parts(frozen, names)
+    parts = open_sets(args, frozen, names)
     if check:
         check(args, parts)
     found = [compute_features(frozen, each) for each in parts]
@@ -423,7 +432,7 @@ def draw_selectivity(args: Any) -> None:
     frozen = load_frozen(args)
     find = partial(find_module, frozen.args, frozen.model, flag="--layers")
     layers = [find(name) for name in args.layers or ()] or find_layers(frozen.model)
-    (images,) = open_parts(frozen, (args.split,), labeled=True)
+    (images,) = open_sets(args, frozen, (args.split,), labeled=True)
     check_labels(images)
     means = class_means(frozen, images, layers)
     if means is None:
@@ -445,17 +454,6 @@ def draw_selectivity(args: Any) -> None:
     axis = "class selectivity index of the channels; red: mean"
     write_picture(drawing.draw_histograms(drawn, title, axis), args.output, True)
     print(args.output)
-
-
-def write_picture(picture: Image.Image, path: str | Path, drawn: bool = False) -> None:
-    """Write a PNG file, and its folder if there is none.
-
-    drawn: the picture shows no images, and 256 colors are enough.
-    """
-    content = io.BytesIO()
-    picture = picture.quantize(256, dither=Image.Dither.NONE) if drawn else picture
-    picture.save(content, "PNG", optimize=True)
-    write_output(content.getvalue(), Path(path))
 
 
 VIEWS: dict[str, Callable[[Any], None]] = {

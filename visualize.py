@@ -30,7 +30,6 @@ if __name__ == "__main__":  # parse the flags before torch is loaded, so that --
 
 import numpy as np
 import torch
-from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
@@ -45,12 +44,13 @@ from config.flags import (
 )
 from config.tasks import OF_TABLES, may_be_table
 from data_loading.inputs import Inputs
-from data_loading.mixed import MixedImages, reading_order
+from data_loading.mixed import MixedImages, reading_order, refuse_overwriting
 from data_loading.sources import DatasetSpec
 from data_loading.stats import MeasuredDataset, Stats, choose, describe_classes, keep_samples
 from data_loading.tables import Columns
 from data_loading.transforms import height_and_width
 from data_loading.workers import WatchedLoader
+from insight.drawing import write_picture
 from insight.report_page import write_report
 from models import build_fcmae
 from parallel.process_group import init_distributed_mode, launch
@@ -78,23 +78,20 @@ def main(args: argparse.Namespace) -> None:
     given = {key: value for key, value in vars(args).items() if value is not None}
     args = argparse.Namespace(**find_flags(weights, given))
     data = find_data(args, given)
+    refuse_overwriting([Path(args.output)], data, args.checkpoint)
     model = build_fcmae(args).to(device)
     weights.load(model, new=())
     name = "/".join(Path(weights.path).parts[-2:])
     drawing = ReconstructionImages(args, data, device, count=args.num_images, name=name)
     image = drawing.draw(model, TrainState(args.epochs))
-    save_picture(to_pil_image(image.mul(255).add(0.5).clamp(0, 255).byte()), args.output)
+    save(image, args.output)
     columns = ", ".join(title.replace("\n", " ") for title in TITLES)
     print(f"{args.output}: {plural(len(drawing.images), 'row')} of {columns}")
 
 
-def save_picture(picture: Image.Image, path: str) -> None:
-    """Write a PNG file, and its folder if there is none."""
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path, "PNG")
-    except OSError as error:
-        raise UserError(f"cannot write --output {path}: {error.strerror}") from error
+def save(image: torch.Tensor, path: str) -> None:
+    """Write an image, (3, H, W) in 0 to 1, as a PNG file."""
+    write_picture(to_pil_image(image.mul(255).add(0.5).clamp(0, 255).byte()), path)
 
 
 def draw_data(args: argparse.Namespace) -> None:
@@ -104,7 +101,8 @@ def draw_data(args: argparse.Namespace) -> None:
     if source := next(filter(None, typed), ""):  # the flags of a file are complete
         args = inherit_flags(args, read_pretrained(source).saved)
     preview = build_preview(args, args.num_images, args.num_epochs)
-    save_picture(draw_preview(preview), args.output)
+    refuse_overwriting([Path(args.output)], preview.dataset)
+    write_picture(draw_preview(preview), args.output)
     print(f"{args.output}: {describe(preview)}")
 
 
@@ -249,11 +247,12 @@ def explain(args: argparse.Namespace) -> None:
         given = {name: vars(args)[name] for name in ("image_column", "split_column", "image_root")}
         reading = {"on_bad_image": args.on_bad_image or "error", "tta": None}
         data = with_labels(args, given, trained) or given_images(args, given)
+        refuse_overwriting([Path(args.output)], data, args.checkpoint)
         loader = reading_loader(trained.flags.replace(**reading), data, device)
         picture, what = explain_classifier(
             trained, loader, args.num_images, args.target, args.layer or ""
         )
-    save_picture(to_pil_image(picture.mul(255).add(0.5).clamp(0, 255).byte()), args.output)
+    save(picture, args.output)
     print(f"{args.output}: {what}")
 
 
@@ -263,7 +262,9 @@ def explain_masked(
     """Draw the error maps of a pre-trained model."""
     given = {key: value for key, value in vars(args).items() if value is not None}
     flags = argparse.Namespace(**find_flags(weights, given))
-    loader = reading_loader(flags, find_data(flags, given), device)
+    data = find_data(flags, given)
+    refuse_overwriting([Path(args.output)], data, args.checkpoint)
+    loader = reading_loader(flags, data, device)
     model = build_fcmae(flags).to(device).eval()
     weights.load(model, new=())
     return explain_autoencoder(model, loader, args.num_images, flags.seed, args.num_masks or MASKS)

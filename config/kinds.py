@@ -59,9 +59,30 @@ def number(kind: str) -> dict[str, Any]:
     return {"type": convert, "metavar": "INT" if name == "int" else "FLOAT"}
 
 
+class FileToWrite:
+    """Reads the path of a file or folder to write, with one of some endings, if any is named.
+
+    Shells do not expand the ~ in --output=~/a; this does.
+    """
+
+    def __init__(self, *endings: str) -> None:
+        self.endings = endings
+
+    def __call__(self, text: str) -> str:
+        if self.endings and text and not text.endswith(self.endings):
+            expected = f"a name that ends in {' or '.join(self.endings)}"
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
+        return os.path.expanduser(text)
+
+
+def out(*endings: str) -> dict[str, Any]:
+    """Return the kind of a file to write."""
+    return PATH | {"type": FileToWrite(*endings)}
+
+
 BOOL = {"type": str2bool, "metavar": "BOOL", "nargs": "?", "const": True}
 PATH, NAME, TEXT = {"metavar": "PATH"}, {"metavar": "NAME"}, {"metavar": "TEXT"}
-OUT = PATH | {"type": os.path.expanduser}  # shells do not expand the ~ in --output=~/a
+OUT = out()
 REPEATED = TEXT | {"action": Repeated}
 COUNT, FROM_0, FROM_MINUS_1 = map(number, ("int [1, inf)", "int [0, inf)", "int [-1, inf)"))
 AMOUNT, POSITIVE = number("float [0, inf)"), number("float (0, inf)")

@@ -165,10 +165,11 @@ class Parser(argparse.ArgumentParser):
 
         Files hold it for flags without a value, as those of earlier versions do.
         """
-        is_text = action.type is None and action.choices is None and action.nargs != 0
+        is_text = isinstance(action.type, kinds.FileToWrite | None) and action.choices is None
+        is_empty = action.nargs != 0 and not all(word.strip() for word in words)
         allowed = action.dest in flags.MAY_BE_EMPTY.split()
         allowed |= bool(self.source) and action.default in ("", None)
-        if is_text and not allowed and not all(word.strip() for word in words):
+        if is_text and is_empty and not allowed:
             problem = f"got an empty text; give {action.metavar}, or leave the flag out"
             raise argparse.ArgumentError(action, problem)
         return super()._get_values(action, words)

@@ -8,9 +8,7 @@ python -c "from config.paths import split_sources; print(split_sources('a.tar:0.
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Callable
 
 PATTERN = re.compile(r"[*?\[{]")  # begins a pattern of several files
 
@@ -57,26 +55,6 @@ def map_sources(text: str, change: Callable[[str], str]) -> str:
         return text
     weights = ["" if weight is None else f":{weight!r}" for _, weight in pairs]
     return ",".join(change(path) + weight for (path, _), weight in zip(pairs, weights, strict=True))
-
-
-def find_overwritten(
-    written: Iterable[Path], checkpoint: str, data: Iterable[str | None]
-) -> Path | None:
-    """Return the first of the files to write that is an input, None if there is none.
-
-    data: values of flags, as `split_sources` takes them. Pictures in their folders are inputs.
-    """
-    sources: list[str] = []  # of data
-    for text in filter(None, data):
-        with suppress(ValueError):  # reported by `checks.problems`
-            sources += [os.path.expanduser(source) for source, _ in split_sources(text)]
-    files = [source for source in [checkpoint, *sources] if os.path.isfile(source)]
-    folders = [Path(source).resolve() for source in sources if os.path.isdir(source)]
-    for path in filter(Path.is_file, written):
-        within = path.suffix == ".png" and not set(folders).isdisjoint(path.resolve().parents)
-        if within or any(path.samefile(file) for file in files):
-            return path
-    return None
 
 
 def absolute(text: str, exists: bool = False) -> str:

@@ -38,7 +38,7 @@ PREDICT = (
      "+"),
     ("--output --out", OUT, None,
      f"file to write, {', '.join(FORMATS)}; default: the first images are printed as a table"),
-    ("--overwrite", BOOL, False, "replace an existing --output, and parts of other arguments"),
+    ("--overwrite", BOOL, False, "replace an existing --output, or unfinished other results"),
     ("--topk", COUNT, None, "most likely classes to list per image; default: 5"),
     ("--threshold", number("float (0, 1)"), None,
      "multi-label: probability from which on a class is predicted; default: 0.5"),

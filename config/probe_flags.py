@@ -13,8 +13,7 @@ from pathlib import Path
 from config import checks, flags, phases, recipes
 from config import parser as parsers
 from config.flags import SOURCES
-from config.kinds import BOOL, COUNT, FRACTION, NAME, OUT, POSITIVE, number
-from config.paths import find_overwritten
+from config.kinds import BOOL, COUNT, FRACTION, NAME, OUT, POSITIVE, number, out
 from config.tool_flags import OF_FILES
 from errors import did_you_mean
 
@@ -68,6 +67,8 @@ each class: 0 if it is equally active for all, 1 if it is for one class alone.""
 }
 PROBES = ("knn", "linear", "logistic")
 FEATURE_SUFFIXES = (".npy", ".safetensors", ".parquet")
+SIDE_ENDINGS = {".npy": "-rows.csv", ".csv": ".png"}  # by that of --output
+PNG, CSV = out(".png"), out(".csv")
 COSINE = number("float [-1, 1]")
 # fmt: off
 COMMON = (
@@ -92,52 +93,47 @@ ROWS = {
         ("--temperature", POSITIVE, 0.07, "softmax temperature of the neighbor votes"),
         ("--fractions", FRACTION, (1.0,),
          "fractions of the training images of each class to fit the probes to", "+"),
-        ("--output", OUT, None, "JSON file to write the results to; default: none"),
+        ("--output", out(".json"), None, "JSON file to write the results to; default: none"),
         LAYER,
     ),
     "features": (
-        ("--output", OUT, "features.npy", "file to write: .npy, .safetensors or .parquet"),
+        ("--output", out(*FEATURE_SUFFIXES), "features.npy",
+         "file to write: .npy, .safetensors or .parquet"),
         EITHER, LAYER,
     ),
     "neighbors": (
         ("--k", COUNT, 6, "neighbors of an image"),
         ("--num_images", COUNT, 8, "number of images, one per row, spread evenly"),
-        ("--output", OUT, "neighbors.png", "PNG file to write"),
+        ("--output", PNG, "neighbors.png", "PNG file to write"),
         ("--split", ("train", "val"), "train", "images to find neighbors of; not all data has val"),
         CENTER, LAYER,
     ),
     "duplicates": (
         ("--threshold", COSINE, 0.97, "smallest cosine similarity of a pair"),
         ("--num_images", COUNT, 10, "largest number of groups in the picture, one per row"),
-        ("--output", OUT, "duplicates.csv", "CSV file to write; the picture is a .png next to it"),
+        ("--output", CSV, "duplicates.csv", "CSV file to write; the picture is a .png next to it"),
         EITHER, CENTER, LAYER,
     ),
     "outliers": (
         ("--k", COUNT, 10, "neighbor whose distance counts"),
         ("--num_images", COUNT, 24, "number of images in the picture"),
-        ("--output", OUT, "outliers.csv", "CSV file to write; the picture is a .png next to it"),
+        ("--output", CSV, "outliers.csv", "CSV file to write; the picture is a .png next to it"),
         EITHER, CENTER, LAYER,
     ),
     "map": (
         ("--method", ("pca", "tsne", "umap"), "pca",
          "pca; tsne needs scikit-learn, and umap umap-learn"),
-        ("--output", OUT, "map.png", "PNG file to write"),
+        ("--output", PNG, "map.png", "PNG file to write"),
         EITHER, LAYER,
     ),
     "selectivity": (
         ("--layers", NAME, None,
          "modules to look at; default: blocks of ConvNeXt, or all activation functions", "+"),
-        ("--output", OUT, "selectivity.png", "PNG file to write"),
+        ("--output", PNG, "selectivity.png", "PNG file to write"),
         SPLIT,
     ),
 }
 # fmt: on
-SUFFIXES = {
-    "accuracy": (".json",),
-    "features": FEATURE_SUFFIXES,
-    "duplicates": (".csv",),
-    "outliers": (".csv",),
-} | dict.fromkeys(("neighbors", "map", "selectivity"), (".png",))
 DATA = """
 --data_set --data_path --eval_data_path --val_split --data_index --task --image_column
 --label_column --image_root --split_column --nb_classes --on_bad_image
@@ -201,25 +197,17 @@ def parse_probe(words: Sequence[str] | None = None) -> tuple[str, parsers.Frozen
 
 def side_file(path: Path) -> Path:
     """Return the second file that is written next to a .npy or .csv of --output."""
-    endings = {".npy": "-rows.csv", ".csv": ".png"}
-    return path.with_name(path.stem + endings[path.suffix])
+    return path.with_name(path.stem + SIDE_ENDINGS[path.suffix])
 
 
-def _overwritten(args: argparse.Namespace) -> Iterator[str]:
-    """Yield a message if a file to write is an input."""
-    path = Path(args.output)
-    written = [path, side_file(path)] if path.suffix in (".npy", ".csv") else [path]
-    if found := find_overwritten(written, args.checkpoint, [args.data_path, args.eval_data_path]):
-        yield f"--output {args.output} would overwrite {found}, an input; give another name"
+def files_to_write(output: str | None) -> list[Path]:
+    """Return the files of --output."""
+    paths = [Path(output)] if output else []
+    return paths + [side_file(path) for path in paths if path.suffix in SIDE_ENDINGS]
 
 
 def problems(view: str, args: argparse.Namespace) -> Iterator[str]:
     """Yield a message for each flag of probe.py that cannot work."""
-    if args.output is not None and not args.output.endswith(SUFFIXES[view]):
-        expected = " or ".join(SUFFIXES[view])
-        yield f"--output {args.output}: expected a name that ends in {expected}"
-    elif args.output is not None:
-        yield from _overwritten(args)
     for name in ("k", "temperature"):
         if view == "accuracy" and name in args.typed and "knn" not in args.probes:
             yield f"--{name} is for --probes knn, which is not among them; drop it"

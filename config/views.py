@@ -14,7 +14,7 @@ from typing import Any
 from config import checks, predict_flags, recipes
 from config import parser as parsers
 from config.flags import CORES, SOURCES
-from config.kinds import BOOL, COUNT, NAME, OUT, PATH
+from config.kinds import BOOL, COUNT, NAME, PATH, out
 from errors import did_you_mean
 
 STATS_AIM = """Print mean and std of the pixels, sizes and kinds of images, and classes.
@@ -74,11 +74,11 @@ OF_STATS = (
 )
 OF_REPORT = (
     ("runs", {"metavar": "RUN"}, None, "folders of runs", "+"),
-    ("--output", OUT, None, "HTML file to write; default: report.html in the first RUN"),
+    ("--output", out(".html"), None, "HTML file to write; default: report.html in the first RUN"),
 )
 OF_DATA = (
     ("--script", tuple(SCRIPTS), None, "training script whose flags are given; default: by them"),
-    ("--output", OUT, "data.png", "PNG file to write"),
+    ("--output", out(".png"), "data.png", "PNG file to write"),
     ("--num_images", COUNT, 4, "number of images, one per row"),
     ("--num_epochs", COUNT, 4, "number of epochs, one per column"),
 )
@@ -98,7 +98,7 @@ def runs_parser() -> argparse.ArgumentParser:
 
 OF_EXPLAIN = (
     ("checkpoint", {"metavar": "CHECKPOINT"}, None, SOURCES),
-    ("--output", OUT, "explain.png", "PNG file to write"),
+    ("--output", out(".png"), "explain.png", "PNG file to write"),
     (
         "--images",
         PATH,

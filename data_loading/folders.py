@@ -62,7 +62,7 @@ def list_folder(root: str, labeled: bool, leave_out_empty: bool = False) -> List
     elif not names:
         raise UserError(
             f"{root} has no class folders; expected one folder of images per class, or a table of "
-            f"labels (only main_pretrain.py needs none){rest}"
+            f"labels{rest}"
         )
     elif empty:
         raise UserError(

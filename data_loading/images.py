@@ -5,7 +5,9 @@
 python -c "from data_loading.images import Images; print(Images.__doc__)"
 """
 
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,13 +31,20 @@ class Images(Dataset):
     without. classes: names of the classes, or numbers, by label. targets: (N,) labels or (N, K)
     rows. weights: (N,) for sampling, or None. shares: of the sources of a pack, by which its images
     are drawn, in the weights; None without. own_split: what separates training from evaluation
-    images in the data, `column split` or `folder val/`; '' if nothing does.
+    images in the data, `column split` or `folder val/`; '' if nothing does. archives: files that
+    hold or list the images.
     """
 
     def __init__(
-        self, open_files: Callable[[Listing], Files], listing: Listing, path: str, what: str = ""
+        self,
+        open_files: Callable[[Listing], Files],
+        listing: Listing,
+        path: str,
+        what: str = "",
+        archives: Sequence[str] = (),
     ) -> None:
         self.open_files, self.listing, self.path, self.what = open_files, listing, path, what
+        self.archives = archives
         self.files = open_files(listing)
         facts = listing.metadata
         self.kind, self.classes = facts.get("kind"), facts.get("classes")
@@ -45,7 +54,7 @@ class Images(Dataset):
 
     def __reduce__(self) -> tuple:
         """Let spawned worker processes map an index themselves, and open its files."""
-        return Images, (self.open_files, self.listing, self.path, self.what)
+        return Images, (self.open_files, self.listing, self.path, self.what, self.archives)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -83,6 +92,13 @@ class Images(Dataset):
     def path_of(self, index: int) -> str:
         """Return the path of an image, or the place that holds it."""
         return self.files.locate(index)
+
+    def reads(self, path: Path) -> bool:
+        """Return True if an existing file is one of the images, or holds or lists them."""
+        end = os.fsencode(path.name)
+        names = enumerate(self.encoded_names())
+        found = [self.path_of(index) for index, name in names if name.endswith(end)]
+        return any(map(path.samefile, filter(os.path.isfile, (*self.archives, *found))))
 
     @property
     def samples(self) -> "Samples":

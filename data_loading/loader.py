@@ -84,6 +84,7 @@ class DeviceLoader:
         batch = self.loader.collate_fn([self.loader.dataset[epoch, i] for i in ids.tolist()])
         if isinstance(batch, UserError):
             raise batch
+        self.bad |= dict(batch[3])
         return self._copy(batch)
 
     def _check_range(self, images: Tensor) -> None:

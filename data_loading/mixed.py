@@ -7,7 +7,9 @@ python main_pretrain.py --data_path "photos.tar:0.7,scans/:0.3" --model convnext
 
 import bisect
 import itertools
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -96,6 +98,10 @@ class MixedImages(Dataset):
         """(path, target) of each image, as torchvision's folders have them."""
         return Samples(self)
 
+    def reads(self, path: Path) -> bool:
+        """Return True if an existing file is one of the images, or holds or lists some."""
+        return any(part.reads(path) for part in self.parts)
+
     def path_of(self, index: int) -> str:
         """Return the path of an image, or the place that holds it."""
         part, own = self._find(index)
@@ -117,6 +123,20 @@ class MixedImages(Dataset):
 
 
 Listed = Images | MixedImages  # data sets whose images have names
+
+
+def refuse_overwriting(written: Iterable[Path], data: Any, checkpoint: str = "") -> None:
+    """Raise UserError if a file to write is the checkpoint, or is read by a data set.
+
+    data: also one with another in its attribute `dataset`.
+    """
+    while not isinstance(data, Listed) and hasattr(data, "dataset"):
+        data = data.dataset
+    checkpoint = os.path.expanduser(checkpoint)
+    for path in filter(Path.is_file, written):
+        is_read = os.path.isfile(checkpoint) and path.samefile(checkpoint)
+        if is_read or (isinstance(data, Listed) and data.reads(path)):
+            raise UserError(f"--output would overwrite {path}, an input; give another name")
 
 
 def reading_order(data: Any) -> np.ndarray:

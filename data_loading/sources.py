@@ -57,7 +57,7 @@ class Source:
     """Functions that list and read the images of a part.
 
     what: describes them, for messages. identity: plain values that tell it from other sources.
-    archives: files whose size and time an index remembers.
+    archives: files that hold or list the images; an index remembers their size and time.
     """
 
     what: str
@@ -98,7 +98,8 @@ def open_part(part: Part, folder: Path | None = None) -> Images:
         listing = cached(source.list, source.what, identity, folder)
     else:
         listing = source.list()
-    return Images(source.open, listing, part.path, f"{source.what}{describe(listing)}")
+    what = f"{source.what}{describe(listing)}"
+    return Images(source.open, listing, part.path, what, source.archives)
 
 
 def _choose_path(layout: str, spec: DatasetSpec, train: bool) -> tuple[str, str]:

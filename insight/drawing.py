@@ -6,15 +6,18 @@ python -c "from insight.drawing import class_colors; print(class_colors(3))"
 """
 
 import colorsys
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image, to_tensor
+
+from insight.feature_files import write_output
 
 INK, GRAY, LIGHT, GRID = "#1f2933", "#6b7785", "#9aa5b1", "#e4e7eb"
 GOOD, BAD, BLUE = "#2f8f4e", "#c8402f", "#3b6fb6"
@@ -271,3 +274,14 @@ def _draw_histogram(draw: ImageDraw.ImageDraw, values: Tensor, box: Sequence[int
         x = left + float(values.mean()) * (right - left)
         draw.line((x, top, x, bottom), fill=BAD, width=2)
     draw.line((left, bottom, right, bottom), fill=LIGHT)
+
+
+def write_picture(picture: Image.Image, path: str | Path, drawn: bool = False) -> None:
+    """Write a PNG file, and its folder if there is none.
+
+    drawn: the picture shows no images, and 256 colors are enough.
+    """
+    content = io.BytesIO()
+    picture = picture.quantize(256, dither=Image.Dither.NONE) if drawn else picture
+    picture.save(content, "PNG", optimize=True)
+    write_output(content.getvalue(), Path(path))

@@ -92,6 +92,11 @@ def side_file(out: Path, name: str) -> Path:
     return out.with_name(f"{out.stem}-{name}")
 
 
+def files_to_write(out: Path) -> list[Path]:
+    """Return `out`, and the files next to it that an evaluation writes, and others remove."""
+    return [out, *(side_file(out, name) for name in SIDE_FILES)]
+
+
 def check_place(out: Path) -> None:
     """Raise UserError if `out` cannot be written, before anything is computed."""
     if out.is_dir():
@@ -116,20 +121,17 @@ class Parts:
 
     A part is written at once or not at all, so that a program that is killed loses the part that it
     was working on. plan: plain values that decide the results; a folder of another plan is refused,
-    or replaced with `overwrite`. evaluates: SIDE_FILES are written too.
+    or replaced with `overwrite`.
     """
 
-    def __init__(
-        self, out: Path, plan: Mapping[str, Any], overwrite: bool = False, evaluates: bool = False
-    ) -> None:
+    def __init__(self, out: Path, plan: Mapping[str, Any], overwrite: bool = False) -> None:
         self.out, self.folder = out, folder_of(out)
         self.plan = json.loads(json.dumps(plan))
         held = self._read_plan()
         self.continues = held == self.plan
         if held is not None and not (self.continues or overwrite):
             raise UserError(self._difference(held))
-        written = [out, *(side_file(out, name) for name in SIDE_FILES if evaluates)]
-        there = [path for path in written if path.exists()]
+        there = [path for path in files_to_write(out) if path.exists()]
         if there and not (self.continues or overwrite):
             raise UserError(f"{there[0]} exists; choose another --output, or give --overwrite true")
 
@@ -218,6 +220,8 @@ class Parts:
 
         with disk_errors(self.out):
             write_atomically(lambda file: write(file, counted(), fields), self.out)
+            for path in files_to_write(self.out)[1:]:  # of other results
+                path.unlink(missing_ok=True)
         return bad
 
     def remove(self) -> None:

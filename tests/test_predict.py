@@ -29,7 +29,7 @@ from insight.predictions import cell
 from models import create_model
 from tests import fakes, tiny
 from tests.groups import TIME_LIMIT_S, exit_codes, start_script
-from training import worst_images
+from training import prediction_eval, worst_images
 
 CLASSES = ["ant", "bee", "cat"]
 ARGS = {
@@ -366,7 +366,8 @@ def test_labels_that_are_classes_of_the_checkpoint_make_an_evaluation(tmp_path):
 @pytest.mark.parametrize("name", ["own.csv", "own-classes.csv"])
 def test_inputs_are_never_overwritten(name, tmp_path):
     """The labels of a table would be lost."""
-    text = "image,label\n" + "".join(f"{path},cat\n" for path in Path("labeled").rglob("*.png"))
+    images = Path("labeled").resolve().rglob("*.png")
+    text = "image,label\n" + "".join(f"{path},cat\n" for path in images)
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=f"would overwrite .*{name}, an input; give another name"):
         run(f"it.pth {tmp_path / name} --output {tmp_path}/own.csv --overwrite")
@@ -383,6 +384,38 @@ def test_pictures_of_an_evaluation_do_not_replace_images_of_the_input(tmp_path):
     assert image.with_name("r-worst.png").read_bytes() == own
     rows = results(f"it.pth {tmp_path}/d", out.with_name("s.json"))  # not a picture
     assert len(rows) == 11
+
+
+def test_an_evaluation_next_to_its_images_can_be_continued_and_repeated(tmp_path, monkeypatch):
+    """Its own pictures were taken for inputs."""
+    shutil.copytree("labeled", tmp_path / "d")
+    words = f"it.pth {tmp_path}/d --output {tmp_path}/d/r.csv"
+    with monkeypatch.context() as context:
+        context.setattr(prediction_eval, "draw_rows", None)
+        with pytest.raises(TypeError):
+            run(words)
+    assert (tmp_path / "d/r-calibration.png").exists()
+    run(words)
+    assert (tmp_path / "d/r-worst.png").exists()
+    run(f"{words} --overwrite")
+
+
+def test_files_of_an_earlier_evaluation_do_not_stay_next_to_other_results(tmp_path):
+    run(f"it.pth labeled --output {tmp_path}/r.csv")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"r-metrics.json", "r-worst.png"} < names
+    with pytest.raises(UserError, match="r.csv exists"):
+        run(f"it.pth flat --output {tmp_path}/r.csv")
+    run(f"it.pth flat --output {tmp_path}/r.csv --overwrite")
+    assert [path.name for path in tmp_path.iterdir()] == ["r.csv"]
+
+
+def test_labels_that_match_by_position_are_offered(tmp_path):
+    """The advice was to give data with as many class folders, which it had."""
+    path = save_checkpoint(tmp_path / "nameless.pth", names=None)
+    said = "the classes of INPUT match those of .* only by position; if that is right, give --lab"
+    assert any(re.search(said, line) for line in run(f"{path} labeled"))
+    assert any("top-1" in line for line in run(f"{path} labeled --labels true"))
 
 
 def test_worst_images_are_named_with_their_folder(tmp_path, monkeypatch):

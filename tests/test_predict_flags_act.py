@@ -330,7 +330,7 @@ def captions(words: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str
     with monkeypatch.context() as context:
         found, picture = [], torch.zeros(3, 1, 1)
         context.setattr(explain, "draw_images", lambda *words: found.append(words) or picture)
-        context.setattr(visualize, "save_picture", lambda *words: None)
+        context.setattr(visualize, "save", lambda *words: None)
         drawn(f"{words} --device cpu", context)
     _, texts, paths, *_ = found[0]
     return [*zip(texts, paths, strict=True)]
@@ -386,3 +386,14 @@ def test_wrong_explanations_are_refused(place, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         views.parse_explain([])
     assert "the following arguments are required: CHECKPOINT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [FINE, f"{PRE} --images images"])
+def test_pictures_do_not_replace_images_that_are_explained(words, place, monkeypatch):
+    monkeypatch.chdir(place)
+    held = Path("images/ant/00.png").read_bytes()
+    with pytest.raises(UserError, match="would overwrite images/ant/00.png, an input"):
+        drawn(f"{words} --device cpu --output images/ant/00.png", monkeypatch)
+    assert Path("images/ant/00.png").read_bytes() == held
+    with pytest.raises(SystemExit):  # nor a checkpoint
+        drawn(f"{words} --device cpu --output it.pth", monkeypatch)

@@ -71,6 +71,7 @@ def in_place(place, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+SUFFIXES = {"accuracy": ".json", "features": ".npy", "duplicates": ".csv", "outliers": ".csv"}
 COMMON = "--model tests.tiny:classifier --stem_stride 1 --data_path photos --device cpu"
 COMMON += " --num_workers 0 --batch_size 8"
 
@@ -484,7 +485,10 @@ def test_features_that_are_not_finite_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        ("map c.pth --data_path d --output a.jpg", "--output a.jpg: expected a name that ends in"),
+        (
+            "map c.pth --data_path d --output a.jpg",
+            "got 'a.jpg', expected a name that ends",
+        ),
         ("features c.pth --data_path d --output a.csv", "ends in .npy or .safetensors or .parquet"),
         ("c.pth", "--data_path is missing"),
         (
@@ -500,20 +504,40 @@ def test_features_that_are_not_finite_are_named(tmp_path):
         ("c.pth --data_path d --probes linear --k 5", "--k is for --probes knn, which is not"),
         ("c.pth --data_path d --mean 0.5", "--mean and --std belong together"),
         ("--data_path d", "required: CHECKPOINT"),
-        ("duplicates c.pth --data_path a-rows.csv --output a-rows.csv", "an input; give another"),
-        ("features c.pth --data_path a-rows.csv --output a.npy", "overwrite a-rows.csv, an input"),
-        ("map c.pth --data_path d --eval_data_path p.png --output p.png", "would overwrite p.png"),
-        ("map c.pth --data_path d --output d/cat/p.png", "would overwrite d/cat/p.png, an input"),
     ],
 )
 def test_wrong_flags_are_refused_at_once(words, problem, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "d" / "cat").mkdir(parents=True)
-    for name in ("a-rows.csv", "p.png", "d/cat/p.png"):
-        (tmp_path / name).touch()
+    (tmp_path / "p.png").touch()
     with pytest.raises(SystemExit):
         probe_flags.parse_probe(words.split())
     assert problem in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("view", "output", "lost"),
+    [
+        ("map", "photos/train/{}", "photos/train/{}"),
+        ("duplicates", "a.csv", "a.csv"),
+        ("features", "a.npy", "a-rows.csv"),
+        ("selectivity", "photos/train/{}", "photos/train/{}"),
+    ],
+)
+def test_inputs_are_not_overwritten(view, output, lost, tmp_path, monkeypatch, place):
+    """A table of labels was replaced by the rows of the features."""
+    shutil.copytree(place / "photos", tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    first = sorted((tmp_path / "photos/train").rglob("*.png"))[0]
+    name = first.relative_to(tmp_path / "photos/train")
+    output, lost, data = output.format(name), lost.format(name), "photos"
+    if lost.endswith(".csv"):
+        rows = [f"{path},{path.parent.name}" for path in (tmp_path / "photos/train").rglob("*.png")]
+        Path(lost).write_text("\n".join(["image,label", *rows]))
+        data = lost
+    held = Path(lost).read_bytes()
+    with pytest.raises(UserError, match=f"would overwrite {lost}, an input; give another name"):
+        run(f"{view} {place}/tiny.pth --split train --output {output}", data)
+    assert Path(lost).read_bytes() == held
 
 
 def test_missing_packages_are_named_before_the_work(monkeypatch, tmp_path):
@@ -651,7 +675,7 @@ def see(view: str, words: str) -> Any:
     kept, pairs = [], common.split()
     for name, value in zip(pairs[::2], pairs[1::2], strict=True):
         kept += [] if name in given else [name, value]
-    output = [] if "--output" in given else ["--output", f"{view}{probe_flags.SUFFIXES[view][0]}"]
+    output = [] if "--output" in given else ["--output", f"{view}{SUFFIXES.get(view, '.png')}"]
     try:
         _, args = probe_flags.parse_probe([view, source, *kept, *rest, *output])
         args = args.replace(output=str(folder / args.output), feature_cache="none")
@@ -678,7 +702,7 @@ def test_every_flag_has_a_row(view):
 @pytest.mark.parametrize("view", ["features", "selectivity"])
 def test_two_processes_give_the_same_bytes(view, place, tmp_path):
     words = f"{view} {place}/tiny.pth {COMMON}".replace("photos", f"{place}/photos").split()
-    suffix = probe_flags.SUFFIXES[view][0]
+    suffix = SUFFIXES.get(view, ".png")
     for ranks in (1, 2):
         out = "--feature_cache", tmp_path / f"{ranks}", "--output", tmp_path / f"{ranks}{suffix}"
         run_script("probe.py", *words, *out, ranks=ranks, folder=tmp_path)

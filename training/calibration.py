@@ -60,7 +60,7 @@ def describe(rows: Rows, kind: str = "class") -> list[str]:
     lines = [f"{sure:11}  {counted:>11}  {f'mean {sure}':>16}  {right:>9}"]
     for low, high, images, sure, right in rows:
         if images:
-            lines.append(f"{low:5.1f}-{high:5.1f} %  {images:9,}  {sure:14.2f} %  {right:7.2f} %")
+            lines.append(f"{low:5.1f}-{high:5.1f}%  {images:9,}  {sure:14.2f}%  {right:7.2f}%")
     return lines
 
 
@@ -86,8 +86,8 @@ def draw(rows: Rows, kind: str = "class", title: str = "") -> Image.Image:
     pen.line((place(0, 0), place(1, 1)), fill=RED, width=1)
     pen.rectangle((place(0, 1), place(1, 0)), outline=INK)
     for percent in (0, 50, 100):
-        pen.text((EDGE + SIDE * percent / 100, EDGE + SIDE + 6), f"{percent} %", INK, font, "mt")
-        pen.text((EDGE - 6, EDGE + SIDE * (1 - percent / 100)), f"{percent} %", INK, font, "rm")
+        pen.text((EDGE + SIDE * percent / 100, EDGE + SIDE + 6), f"{percent}%", INK, font, "mt")
+        pen.text((EDGE - 6, EDGE + SIDE * (1 - percent / 100)), f"{percent}%", INK, font, "rm")
     pen.text((EDGE + SIDE / 2, SIDE + 2 * EDGE - 8), confidence, INK, font, "ms")
     pen.text((EDGE, EDGE - 24), f"{accuracy} (boxes), {counted} (gray)", INK, font, "ls")
     pen.text((EDGE, EDGE - 6), title, INK, font, "ls")

@@ -142,7 +142,7 @@ class Evaluation:
             written.append("classes.csv")
         if rows:
             write_csv(calibration.HEADS[self.kind], without_none(rows), place("calibration.csv"))
-            title = f"ECE {stats['ece']:.2f} %" if self.kind == "class" else ""
+            title = f"ECE {stats['ece']:.2f}%" if self.kind == "class" else ""
             picture = calibration.draw(rows, self.kind, title)
             write_atomically(partial(picture.save, format="PNG"), place("calibration.png"))
             written += ["calibration.csv", "calibration.png"]

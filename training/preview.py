@@ -39,9 +39,11 @@ SHARE = 0.005  # of a class in a mixed label, below which it is not named
 class Preview:
     """Rows of images as the network gets them, in 0 to 1, None where an epoch lacks one.
 
-    names: of the rows. images: of each row, (C, H, W) in each epoch. texts: below them.
+    dataset: of the images. names: of the rows. images: of each row, (C, H, W) in each epoch. texts:
+    below them.
     """
 
+    dataset: TransformedDataset
     names: list[str]
     caption: str
     images: list[list[Tensor | None]] = field(default_factory=list)
@@ -71,7 +73,7 @@ def build_preview(args: Any, count: int, epochs: int) -> Preview:
         caption += f"; gray patches are hidden, --mask_ratio {args.mask_ratio:g}"
     columns = list(cells)
     rows = sorted(columns[0]) if mixup is None else list(columns[0])
-    preview = Preview([name_row(dataset, row) for row in rows], caption)
+    preview = Preview(dataset, [name_row(dataset, row) for row in rows], caption)
     missing = None, "not in this epoch"
     for row in rows:
         found = [column.get(row, missing) for column in columns]

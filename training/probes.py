@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import datasets
 from config.calls import Call, accepted, parse_call
 from config.run_files import LOG, parse_line, position_of
+from data_loading.bad_images import BadImages
 from data_loading.loader import DeviceLoader
 from data_loading.rng import mask_noise
 from errors import UserError, describe_error, first_line, plural, resolve_for
@@ -76,7 +77,7 @@ class Evaluators:
 
     def __init__(self, texts: tuple[str, ...]) -> None:
         self.calls: dict[str, tuple[Call, Callable[..., Any]]] = {}
-        self.refused: set[str] = set()  # reasons that are reported
+        self.refused: set[tuple[str, str]] = set()  # names and reasons
         for text in texts:
             call = parse_call(text, "--probes")
             make = resolve_for("--probes", call.name, EVALUATORS, "evaluator", importable=True)
@@ -117,8 +118,8 @@ class Evaluators:
 
     def _refuse(self, name: str, error: UserError, is_expected: bool = True) -> None:
         """Log a reason once; is_expected: such as too few images, and not one of a failure."""
-        if str(error) not in self.refused:
-            self.refused.add(str(error))
+        if (name, str(error)) not in self.refused:
+            self.refused.add((name, str(error)))
             level = logging.INFO if is_expected else logging.WARNING
             get_logger().log(level, "probes: no %s: %s", name, error)
 
@@ -161,7 +162,7 @@ class FixedImages:
 
     def __init__(self, args: Any, own: Any, device: torch.device) -> None:
         data, self.is_held_out = open_held_out(args, own)
-        dataset = datasets.eval_dataset(data, args, datasets.on_bad_image(True, args))
+        dataset = datasets.eval_dataset(data, args, "replace")
         self.loader = datasets.build_reader(dataset, args, device)
         self.name = "holdout_loss" if self.is_held_out else "fixed_train_loss"
         count = min(HELD_OUT, max(MEASURED, len(own) // 10), len(data))
@@ -224,6 +225,7 @@ class Probes:
             if args.probe_data or args.probe_label_column:
                 raise
             get_logger().info("probes: no features: %s", error)
+        self.bad_images = BadImages(None, self.loader, self.fixed.loader)
         if self.data is not None and self.data.kind:
             own = "probes" in getattr(args, "typed", ())
             (self.evaluators.try_out if own else self.evaluators.drop_unfit)(self.data)
@@ -270,6 +272,7 @@ class Probes:
             with torch.no_grad(), sharding.unsharded(model) as network, evaluating(network):
                 found |= self._health(network)
         found |= self._steps(state)
+        self.bad_images.write()
         shown = "  ".join(f"{name} {x:.4g}" for name, x in found.items() if is_shown(name))
         get_logger().info("probe: %s (%.1f s)", shown, time.perf_counter() - start)
         return found

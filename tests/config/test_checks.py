@@ -9,8 +9,9 @@ import re
 
 import pytest
 
-from config import checks, flags, predict_flags
+from config import checks, flags, predict_flags, probe_flags, views
 from config import parser as options
+from config.kinds import FileToWrite
 
 PARSERS = {
     "pretrain": options.pretrain_parser,
@@ -19,7 +20,12 @@ PARSERS = {
     "export": options.export_parser,
     "pack": options.pack_parser,
     "predict": predict_flags.predict_parser,
+    "features": lambda: probe_flags.probe_parser("features"),
+    "report": views.report_parser,
+    "explain": views.explain_parser,
+    "data": views.data_parser,
 }
+WORDS = {"predict": 2} | dict.fromkeys(("export", "pack", "features", "report", "explain"), 1)
 DIGITS = ["--data_set", "DIGITS"]
 MAY_BE_EMPTY = {"output_dir", "log_dir", "resume", "finetune", "model_prefix", "aa"}
 
@@ -41,15 +47,15 @@ def refused(capsys, *words):
 
 def texts(kind):
     """Names of the flags of a script that take a text."""
-    actions = PARSERS[kind]()._actions
-    return [x.dest for x in actions if x.nargs != 0 and x.type is None and x.choices is None]
+    actions = [x for x in PARSERS[kind]()._actions if x.nargs != 0 and x.choices is None]
+    return [x.dest for x in actions if isinstance(x.type, FileToWrite | None)]
 
 
 @pytest.mark.parametrize("kind", PARSERS)
 def test_an_empty_text_is_refused_unless_it_has_a_meaning(kind, capsys):
     """It is what an unset shell variable gives: `--sched "$S"`."""
-    for name in sorted({*texts(kind)} - {"checkpoint", "source", "dest", "input"}):
-        words = ["x"] * {"export": 1, "pack": 1, "predict": 2}.get(kind, 0) + [f"--{name}", ""]
+    for name in sorted({*texts(kind)} - {"checkpoint", "source", "dest", "input", "runs"}):
+        words = ["x"] * WORDS.get(kind, 0) + [f"--{name}", ""]
         if name in MAY_BE_EMPTY:
             assert vars(PARSERS[kind]().parse_args(words))[name] == ""
             continue

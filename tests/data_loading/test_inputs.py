@@ -2,6 +2,9 @@
 # Licensed under the MIT License; see LICENSE.
 """Images that a command names: patterns, files and sources, in their order."""
 
+import shutil
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from PIL import Image
 
 from data_loading.arrange import DatasetSpec
 from data_loading.inputs import Inputs, image_files, in_input_order
+from data_loading.mixed import refuse_overwriting
 from errors import UserError
 
 UNLABELED = Inputs(DatasetSpec(labeled=False, shuffled=False), "image_folder")
@@ -52,6 +56,43 @@ def test_rows_of_a_table_keep_their_order():
     Path("rows.csv").write_text("image\nb/2.png\na/3.png\nb/1.png\n")
     assert names("rows.csv") == ["b/2.png", "a/3.png", "b/1.png"]
     assert names("a", "rows.csv") == ["a/3.png", "a/x/4.png", "b/2.png", "a/3.png", "b/1.png"]
+
+
+@pytest.mark.parametrize(
+    ("given", "path"),
+    [
+        ("b", "b/2.png"),
+        ("b/*", "b/1.png"),
+        ("a", "a/x/4.png"),
+        ("rows.csv", "rows.csv"),
+        ("row?.csv", "rows.csv"),
+        ("rows.csv", "b/2.png"),
+        ("tars", "tars/b.tar"),
+        ("tars/{a,b}.tar", "tars/a.tar"),
+        ("b.zip", "b.zip"),
+    ],
+)
+def test_files_that_are_read_are_not_overwritten(given, path):
+    """Shards, and tables named by a pattern, were replaced by predictions."""
+    Path("rows.csv").write_text("image\nb/2.png\n")
+    Path("tars").mkdir()
+    for name in "ab":
+        with tarfile.open(f"tars/{name}.tar", "w") as file:
+            file.add("b/1.png", f"{name}/1.png")
+    with zipfile.ZipFile("b.zip", "w") as file:
+        file.write("b/1.png")
+    data = in_input_order(UNLABELED.open([given]))
+    with pytest.raises(UserError, match=f"--output would overwrite {path}, an input; give another"):
+        refuse_overwriting([Path("new.csv"), Path(path)], data)
+    shutil.copy("b/1.png", "own.png")
+    refuse_overwriting([Path("own.png"), Path("b/notes.txt"), Path("tars")], data)
+
+
+def test_a_checkpoint_is_not_overwritten():
+    data = UNLABELED.open(["b"])
+    refuse_overwriting([Path("a/3.png")], data, "a")  # a run
+    with pytest.raises(UserError, match="would overwrite a/3.png"):
+        refuse_overwriting([Path("a/3.png")], data, "a/../a/3.png")
 
 
 def test_paths_that_nobody_has_looked_at_can_be_missing():

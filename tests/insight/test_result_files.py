@@ -127,9 +127,8 @@ def test_an_existing_file_is_not_replaced_unasked(tmp_path):
         Parts(out, {"a": 1})
     Parts(out, {"a": 1}, overwrite=True)
     (tmp_path / "s-classes.csv").write_text("precious")
-    Parts(tmp_path / "s.csv", {})
     with pytest.raises(UserError, match=r"s-classes.csv exists; choose another --output, or"):
-        Parts(tmp_path / "s.csv", {}, evaluates=True)
+        Parts(tmp_path / "s.csv", {})
     parts = Parts(out, {"a": 2}, overwrite=True)  # killed between the file and the end
     parts.begin()
     assert Parts(out, {"a": 2}).continues

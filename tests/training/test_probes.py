@@ -215,6 +215,19 @@ def test_labels_of_other_data(tmp_path, capsys):
     assert f"no evaluation images in {path} ({path} does not say which images are for" in said
 
 
+@pytest.mark.parametrize("flag", ["--data_path", "--probe_data"])
+def test_damaged_images_that_are_only_probed_do_not_end_the_run(flag, tmp_path, capsys):
+    """The first epoch was lost."""
+    data = folder_of(tmp_path / "data" / "train", {"a": 12, "b": 12}).parent
+    folder_of(data / "val", {"a": 4, "b": 4})
+    for number in range(2):
+        (data / "val" / "b" / f"{number}.png").write_text("no image")
+    own = f"--data_path {data}" if flag == "--data_path" else f"--data_path {data}/train"
+    lines = run(f"{own} {flag} {data} --epochs 1 --probes linear", tmp_path / "run")
+    assert lines[-1]["probe_linear"] >= 0
+    assert "2 images cannot be used: " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("classes", "words"),
     [({"ant": 12}, "one class"), ({}, "no such file"), ({"a": 3, "b": 3}, "k 5: there are only 4")],
