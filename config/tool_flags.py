@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from config.flags import SOURCES
-from config.kinds import BOOL, COUNT, OUT, PATH, number, out
+from config.kinds import BOOL, COUNT, OUT, PATH, number
 
 EXPORT_HELP = """Convert a checkpoint for other libraries, and check the result with them.
 
@@ -96,7 +96,7 @@ PACK = (
 )
 DRAWING = (
     ("--checkpoint", PATH, "", "run of main_pretrain.py, or weights with a decoder"),
-    ("--output", out(".png"), "reconstructions.png", "PNG file to write"),
+    ("--output", OUT, "reconstructions.png", "PNG file to write"),
     ("--images", PATH, None, "image files, or all that --data_path takes; default: the run's", "+"),
     ("--num_images", COUNT, 8, "number of images, one per row"),
     ("--split", ("train", "val"), "train", "images to draw; not every data set has val"),

@@ -67,7 +67,7 @@ def test_each_class_of_several_is_an_answer():
 def test_table_has_the_bins_with_images():
     lines = calibration.describe([[0, 50, 0, None, None], [50, 100, 1200, 75.25, 60.0]])
     assert len(lines) == 2
-    assert lines[1].split() == ["50.0-100.0", "%", "1,200", "75.25", "%", "60.00", "%"]
+    assert lines[1].split() == ["50.0-100.0%", "1,200", "75.25%", "60.00%"]
 
 
 def test_diagram_has_a_box_as_high_as_the_accuracy():
